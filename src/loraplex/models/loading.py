@@ -1,0 +1,139 @@
+"""Loading base models and tokenizers by name: the embedded one, a folder or a hub id. Errors are one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from loraplex.errors import UserError, nearest
+from loraplex.models import embedded
+
+EMBEDDED = "embedded"
+DType = Literal["auto", "bfloat16", "float32"]
+
+# What transformers, the hub client and safetensors raise for a model that is absent, foreign or damaged.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
+def resolve_model(name: str) -> str:
+    """Return what transformers should load for `name`: a folder or a hub id.
+
+    "embedded" becomes the folder of the embedded model, made on first use; so does the folder it had on another
+    machine, which adapters trained there name as their base.
+
+    Raises:
+        UserError: when `name` is a path and no folder with a model is there.
+    """
+    if name == EMBEDDED:
+        return str(embedded.embedded_model_dir())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.name == embedded.FOLDER_NAME:
+        return str(embedded.embedded_model_dir())
+    if path.exists():
+        raise UserError(f"model '{name}' is a file: give the folder that holds config.json and the weights")
+    if _looks_like_path(name):
+        raise UserError(f"model folder '{name}' does not exist: give a folder, a hub id, or '{EMBEDDED}'")
+    if "/" not in name and nearest(name, [EMBEDDED]):
+        raise UserError(f"there is no model '{name}'.{nearest(name, [EMBEDDED])}")
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model `name`; where it has no padding token, its end token pads.
+
+    Padding therefore has to be masked by the attention mask, never by comparing token ids.
+
+    Raises:
+        UserError: when there is none, or it cannot be read.
+    """
+    source = resolve_model(name)
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise UserError(f"model folder '{name}' has no tokenizer: save it there with tokenizer.save_pretrained")
+    with _one_line("tokenizer", name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer of '{name}' has neither a padding nor an end token: set one and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: DType = "auto") -> PreTrainedModel:
+    """Return the causal language model `name` in evaluation mode; "auto" keeps the data type of its weights.
+
+    Raises:
+        UserError: when there is no such model, it cannot be read, or its weights are incomplete.
+    """
+    if dtype not in get_args(DType):
+        known = ", ".join(get_args(DType))
+        raise UserError(f"dtype '{dtype}' is not one of {known}.{nearest(str(dtype), get_args(DType))}")
+    source = resolve_model(name)
+    loaded: Any
+    with _one_line("model", name), quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    model, info = loaded
+    assert isinstance(model, PreTrainedModel)
+    # transformers would go on with random numbers in place of the tensors that are missing.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"model '{name}' lacks {len(missing)} of its weights, '{missing[0]}' for one: get it again")
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing progress bars and advice inside the block; its settings are restored."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"'{path}' holds an adapter, not a model: give the model it was trained on")
+    raise UserError(f"model folder '{path}' has no config.json: give the folder that transformers saved the model to")
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether `name` cannot be a hub id, which is "name" or "owner/name"."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
+
+
+@contextlib.contextmanager
+def _one_line(what: str, name: str) -> Iterator[None]:
+    """Turn what loading raises into a UserError that keeps the first sentence of the cause."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        remedy = (
+            "check the folder"
+            if Path(name).expanduser().is_dir()
+            else f"check the name and the network, or use '{EMBEDDED}'"
+        )
+        raise UserError(f"cannot load the {what} '{name}': {lines[0].rstrip('.')}; {remedy}") from error
