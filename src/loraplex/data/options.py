@@ -1,0 +1,93 @@
+"""The `data:` section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from loraplex.errors import UserError, nearest
+
+Format = Literal["auto", "completion", "messages", "alpaca", "choices", "template", "commonsense", "commonsense-labels"]
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the rows come from and how they become prompts.
+
+    A source is a JSON-lines file (plain or `.gz`), a folder or hub id that `datasets.load_dataset` reads,
+    `builtin:NAME` (a procedural task of reasoning-gym) or `benchmark:FOLDER/FILE` (under `LORAPLEX_DATA` or
+    `../shared/data`). A list of sources is read one after the other.
+
+    Raises:
+        UserError: a value is out of range, or options that do not belong together are set.
+    """
+
+    # Source of the training rows.
+    train: str | tuple[str, ...] | None = None
+    # Source of the rows for evaluation.
+    test: str | tuple[str, ...] | None = None
+    # The form of the rows; `auto` recognizes it from the fields of the first row.
+    format: Format = "auto"
+    # Template form: the prompt, with {field} for the fields of a row.
+    prompt: str | None = None
+    # Template form: the completion, for rows without choices.
+    completion: str | None = None
+    # Template form: the options, each as a completion, so usually with a leading space.
+    choices: tuple[str, ...] = ()
+    # Template form: the field that holds the right option as index, letter or text.
+    answer: str = "answer"
+    # Asks a text prompt as a user message through the tokenizer's chat template.
+    chat: bool = False
+    # The task of rows that have no `task` field of their own.
+    task: str = ""
+    # Takes a seeded sample of at most this many rows from each training source; a built-in task makes this many.
+    max_train: int | None = None
+    # The same for each source of evaluation rows.
+    max_test: int | None = None
+    # Decides which rows are sampled and which items a built-in task makes; not the seed of training.
+    seed: int = 0
+    # Hub data sets: the configuration and the names of the splits.
+    config: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading data."""
+        known = get_args(Format)
+        if self.format not in known:
+            hint = nearest(self.format, known) or f" Known are {', '.join(known)}."
+            raise UserError(f"data.format '{self.format}' is unknown.{hint}")
+        for name in ("max_train", "max_test"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise UserError(f"data.{name} is {limit}; it has to be at least 1, or absent for all rows")
+        self._check_template()
+
+    def _check_template(self) -> None:
+        is_template = self.prompt is not None
+        if self.format == "template" and not is_template:
+            raise UserError("data.format is 'template', but data.prompt is not set; write it, with {field} for a field")
+        if is_template and self.format not in ("auto", "template"):
+            raise UserError(f"data.prompt is set, but data.format is '{self.format}'; use 'template' or leave one out")
+        if is_template and bool(self.choices) == (self.completion is not None):
+            raise UserError("data.prompt needs either data.choices or data.completion beside it, and not both")
+        if not is_template and (self.choices or self.completion is not None):
+            raise UserError("data.choices and data.completion need data.prompt; write the prompt's template")
+        if len(self.choices) == 1:
+            raise UserError(f"data.choices has only one option, {self.choices[0]!r}; give at least two")
+
+    def sources(self, split: Split) -> tuple[str, ...]:
+        """Return the sources of `split`.
+
+        Raises:
+            UserError: none is set.
+        """
+        chosen = self.train if split == "train" else self.test
+        if not chosen:
+            raise UserError(f"data.{split} is not set; give a file, a hub id, builtin:NAME or benchmark:FOLDER/FILE")
+        return (chosen,) if isinstance(chosen, str) else tuple(chosen)
+
+    def limit(self, split: Split) -> int | None:
+        """Return how many rows of each source of `split` are wanted, or None for all."""
+        return self.max_train if split == "train" else self.max_test
