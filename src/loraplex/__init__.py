@@ -8,17 +8,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from loraplex import peft_import
+
 if TYPE_CHECKING:
+    from loraplex.adapters.add import Add as Add
+    from loraplex.adapters.lora import LoRA as LoRA
+    from loraplex.adapters.magnitude import Magnitude as Magnitude
+    from loraplex.adapters.registry import Adapter as Adapter
     from loraplex.errors import UserError as UserError
+    from loraplex.tuner.config import AdapterConfig as AdapterConfig
+    from loraplex.tuner.loading import load_adapter as load_adapter
 
 __version__ = "0.1.0.dev0"
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "Adapter": "loraplex.adapters.registry",
+    "AdapterConfig": "loraplex.tuner.config",
+    "Add": "loraplex.adapters.add",
+    "LoRA": "loraplex.adapters.lora",
+    "Magnitude": "loraplex.adapters.magnitude",
     "UserError": "loraplex.errors",
+    "load_adapter": "loraplex.tuner.loading",
 }
 
-__all__ = ["UserError", "__version__"]
+__all__ = ["Adapter", "AdapterConfig", "Add", "LoRA", "Magnitude", "UserError", "__version__", "load_adapter"]
+
+peft_import.install()
 
 
 def __getattr__(name: str) -> Any:

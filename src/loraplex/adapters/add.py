@@ -1,0 +1,52 @@
+"""Combine by addition: y = x W0ᵀ + b + (drop(x) Aᵀ) Bᵀ.
+
+Paper: Hu et al., arXiv 2106.09685, equation 3. No trainable parameters of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method
+
+
+@dataclass(frozen=True)
+class Add:
+    """Options of combine by addition: there are none."""
+
+    def build(self, site: SiteInit) -> Addition:
+        """Return the combine for a site."""
+        return Addition()
+
+
+class Addition(Combine):
+    """Δy = (drop(x) Aᵀ) Bᵀ."""
+
+    def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+        """Return Δy (..., out) in the dtype of the factors."""
+        a, b = factors.pair()
+        return F.linear(F.linear(dropped.to(a.dtype), a), b)
+
+    def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return BA (out, in)."""
+        a, b = (tensor.detach() for tensor in factors.pair())
+        return b @ a
+
+
+REGISTRY.add(
+    Method(
+        name="add",
+        axis=Axis.COMBINE,
+        options=Add,
+        summary="adds the low-rank product to the frozen output",
+        paper="arXiv 2106.09685",
+        parameters="0",
+        needs=frozenset({Capability.STATIC, Capability.PAIR}),
+        provides=frozenset({Capability.GATES}),
+        deployed=Deployed.LORA,
+    )
+)

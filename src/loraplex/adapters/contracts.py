@@ -1,0 +1,137 @@
+"""What an adapter is made of: Factors form the pair (A, B), Combine lets it meet the frozen weight.
+
+Plain torch; nothing here knows PEFT. Notation: frozen weight W0 (out, in), bias b (out,), input x (..., in),
+A (r, in), B (out, r). The scale s is part of B wherever a pair is handed over, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.errors import UserError
+
+
+@dataclass(frozen=True)
+class SiteInit:
+    """All that a method may look at when it makes its tensors for one site."""
+
+    name: str
+    """Full module name in the base model; the initialization depends on it and on the seed, on nothing else."""
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    seed: int
+    weight: Callable[[], Tensor]
+    """Gives W0 as (out, in), dequantized; called only by methods that read it."""
+    identity: bool = True
+    """False asks for an initialization that changes the output visibly, for tests."""
+    meta: bool = False
+    """True when the tensors are about to be overwritten by a checkpoint: expensive initializations are skipped."""
+
+    def generator(self) -> torch.Generator:
+        """Return a CPU generator seeded by (seed, site name), so that a site does not depend on the others."""
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Factors(nn.Module, ABC):
+    """How the pair (A, B) of one site is formed.
+
+    Everything else, forward, merge, export, parameter count, is derived from `pair`.
+    A rank gate of ones and zeros lets an allocator close ranks without touching shapes or optimizer state.
+    """
+
+    gate: Tensor
+
+    def __init__(self, site: SiteInit, scale: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = site.in_features, site.out_features, site.rank
+        self.scale = scale
+        self.register_buffer("gate", torch.ones(site.rank))
+
+    @abstractmethod
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r), differentiable, scale and gate included in B exactly once."""
+
+    def compact(self) -> tuple[Tensor, Tensor]:
+        """Return the pair without its closed ranks: A (r', in), B (out, r'), detached. BA is unchanged, exactly."""
+        a, b = (tensor.detach() for tensor in self.pair())
+        open_ranks = self.gate.bool()
+        return a[open_ranks].clone(), b[:, open_ranks].clone()
+
+    @property
+    def open_ranks(self) -> int:
+        """Number of ranks whose gate is open."""
+        return int(self.gate.sum())
+
+
+class Combine(nn.Module, ABC):
+    """How the pair meets the frozen weight."""
+
+    @abstractmethod
+    def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+        """Return what the adapter adds to the frozen output.
+
+        x (..., in) is the input, `dropped` the same after dropout (the same object where there is none),
+        y0 (..., out) = x W0ᵀ + b the frozen output. The result has the shape of y0.
+        """
+
+    @abstractmethod
+    def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return W' − W0 (out, in) in the dtype of the adapter, detached; `weight` is W0 (out, in)."""
+
+
+class BaseWeight(ABC):
+    """The frozen weight of a site as Combine sees it, whatever module holds it."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Return W0 as (out, in), dequantized where necessary."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """Return b (out,) or None."""
+
+
+class SiteAdapter(nn.Module):
+    """One adapter on one site: dropout, factors, combine."""
+
+    def __init__(self, factors: Factors, combine: Combine, dropout: float) -> None:
+        super().__init__()
+        self.factors = factors
+        self.combine = combine
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+
+    def delta(self, x: Tensor, y0: Tensor, base: BaseWeight) -> Tensor:
+        """Return the adapter's contribution to y0 (..., out) for input x (..., in), in the adapter's dtype."""
+        return self.combine.delta(x, self.dropout(x), y0, base, self.factors)
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """Return W' − W0 (out, in); see `Combine.delta_weight`."""
+        return self.combine.delta_weight(weight, self.factors)
+
+
+def uniform(shape: tuple[int, int], bound: float, generator: torch.Generator) -> Tensor:
+    """Return a float32 tensor with entries from U(−bound, bound)."""
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def check_rank(site: str, rank: Any, limit: int | None = None) -> int:
+    """Return `rank` as an int.
+
+    Raises:
+        UserError: when it is not a positive whole number, or larger than `limit`.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"rank of {site} is {rank!r}: give a whole number of at least 1, or leave the site out")
+    if limit is not None and rank > limit:
+        raise UserError(f"rank of {site} is {rank}, but this site allows at most {limit}: lower r or rank_pattern")
+    return rank

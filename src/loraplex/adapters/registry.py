@@ -1,0 +1,226 @@
+"""The registry: one frozen record per method, its capabilities as data, and the rule that tells which methods combine.
+
+A method is legal together with others when everything it needs is provided by them. Nothing else decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from loraplex.errors import UserError, nearest
+
+
+class Axis(StrEnum):
+    """The four independent questions; factors and combine together are the adapter."""
+
+    FACTORS = "factors"
+    COMBINE = "combine"
+    ALLOCATION = "allocation"
+    OBJECTIVE = "objective"
+
+
+class Capability(StrEnum):
+    """What a method may offer to, or ask of, the methods it is combined with."""
+
+    STATIC = "a weight change that is the same for every token"
+    PAIR = "one pair (A, B) per site"
+    GATES = "rank gates"
+    ROUTED = "several heads per site"
+    RANK_INPUT = "a rank space that takes additional input"
+    SHARED = "tensors shared between sites"
+
+
+class Deployed(StrEnum):
+    """The form in which a finished adapter is saved."""
+
+    LORA = "plain PEFT LoRA"
+    DORA = "plain PEFT LoRA with use_dora"
+    OWN = "loraplex's own type"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One member of one axis."""
+
+    name: str
+    axis: Axis
+    options: type
+    """Frozen dataclass of the method's options; it builds the method (`build`)."""
+    summary: str
+    paper: str
+    parameters: str
+    """Trainable parameters per site as a formula in r, in, out."""
+    provides: frozenset[Capability] = frozenset()
+    needs: frozenset[Capability] = frozenset()
+    deployed: Deployed = Deployed.OWN
+    """For factors and combine: the plainest exact form of the result."""
+    mergeable: bool = True
+    """Whether the result can be written into the frozen weight exactly."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name for a combination of factors and combine."""
+
+    name: str
+    factors: str
+    combine: str
+    summary: str
+    paper: str
+    parameters: str
+
+
+@dataclass
+class Registry:
+    """All methods and presets, in the order of their registration."""
+
+    methods: dict[tuple[Axis, str], Method] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=dict)
+
+    def add(self, entry: Method | Preset) -> None:
+        """Register a method or preset; a second one of the same name is a programming error."""
+        if isinstance(entry, Preset):
+            assert entry.name not in self.presets, entry.name
+            self.presets[entry.name] = entry
+        else:
+            key = (entry.axis, entry.name)
+            assert key not in self.methods, key
+            self.methods[key] = entry
+
+    def members(self, axis: Axis) -> list[Method]:
+        """Return the methods of one axis."""
+        return [method for method in self.methods.values() if method.axis == axis]
+
+    def get(self, axis: Axis, name: str) -> Method:
+        """Return a method by name.
+
+        Raises:
+            UserError: when the axis has no such method; the message names the nearest.
+        """
+        try:
+            return self.methods[axis, name]
+        except KeyError:
+            names = [method.name for method in self.members(axis)]
+            hint = nearest(name, names)
+            raise UserError(f"unknown {axis} '{name}': known are {', '.join(names)}.{hint}") from None
+
+    def of_options(self, options: object) -> Method:
+        """Return the method whose options these are."""
+        for method in self.methods.values():
+            if type(options) is method.options:
+                return method
+        raise UserError(f"{type(options).__name__} is not an options class of a registered method")
+
+
+REGISTRY = Registry()
+
+
+def illegal(*methods: Method) -> str | None:
+    """Return the sentence that says why these methods do not combine, or None when they do."""
+    for method in methods:
+        others = [other for other in methods if other is not method]
+        provided = {capability for other in others for capability in other.provides}
+        for capability in sorted(method.needs - provided):
+            names = " and ".join(f"'{other.name}'" for other in others)
+            return f"{method.axis} '{method.name}' needs {capability.value}, which {names} does not offer"
+    return None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter axis, typed: options of the factors and of the combine.
+
+    Example: `Adapter(LoRA(use_rslora=True), Magnitude())` is DoRA with rsLoRA's scale.
+    """
+
+    factors: Any
+    combine: Any
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that the capability flags do not allow."""
+        reason = illegal(*self.methods)
+        if reason is not None:
+            raise UserError(f"this adapter is not possible: {reason}")
+
+    @property
+    def methods(self) -> tuple[Method, Method]:
+        """The records of factors and combine."""
+        return REGISTRY.of_options(self.factors), REGISTRY.of_options(self.combine)
+
+    @property
+    def deployed(self) -> Deployed:
+        """The form in which the finished adapter is saved."""
+        factors, combine = self.methods
+        if Deployed.OWN in (factors.deployed, combine.deployed):
+            return Deployed.OWN
+        return combine.deployed
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether both parts can be merged into the frozen weight exactly."""
+        return all(method.mergeable for method in self.methods)
+
+    def describe(self) -> str | dict[str, Any]:
+        """Return the plain form that `parse_adapter` reads back: a name, or a mapping with the changed options."""
+        factors, combine = self.methods
+        changed = {**_changed(self.factors), **_changed(self.combine)}
+        name = next(
+            (p.name for p in REGISTRY.presets.values() if (p.factors, p.combine) == (factors.name, combine.name)), None
+        )
+        if name is None:
+            return {"factors": factors.name, "combine": combine.name, **changed}
+        return {"name": name, **changed} if changed else name
+
+
+def parse_adapter(value: Adapter | str | Mapping[str, Any] | object) -> Adapter:
+    """Return the typed adapter for a preset's name, a mapping (name or factors and combine, plus options) or options.
+
+    Raises:
+        UserError: for an unknown name or option (the nearest is named) or a combination that is not legal.
+    """
+    if isinstance(value, Adapter):
+        return value
+    if isinstance(value, str):
+        return _from_mapping({"name": value})
+    if isinstance(value, Mapping):
+        return _from_mapping(value)
+    method = REGISTRY.of_options(value)
+    if method.axis is Axis.FACTORS:
+        return Adapter(value, REGISTRY.get(Axis.COMBINE, "add").options())
+    if method.axis is Axis.COMBINE:
+        return Adapter(REGISTRY.get(Axis.FACTORS, "lora").options(), value)
+    raise UserError(f"'{method.name}' is of the axis {method.axis}, not an adapter")
+
+
+def _from_mapping(value: Mapping[str, Any]) -> Adapter:
+    rest = dict(value)
+    if "name" in rest:
+        name = rest.pop("name")
+        if name not in REGISTRY.presets:
+            known = ", ".join(REGISTRY.presets)
+            raise UserError(f"unknown adapter '{name}': known are {known}.{nearest(str(name), REGISTRY.presets)}")
+        preset = REGISTRY.presets[name]
+        factors, combine = preset.factors, preset.combine
+    else:
+        factors, combine = rest.pop("factors", "lora"), rest.pop("combine", "add")
+    classes = [REGISTRY.get(Axis.FACTORS, factors).options, REGISTRY.get(Axis.COMBINE, combine).options]
+    fields = [{entry.name for entry in dataclasses.fields(options)} for options in classes]
+    for key in rest:
+        if not any(key in names for names in fields):
+            hint = nearest(key, set().union(*fields) | {"name", "factors", "combine"})
+            raise UserError(f"unknown adapter option '{key}' for factors '{factors}' with combine '{combine}'.{hint}")
+    built = [cls(**{k: v for k, v in rest.items() if k in names}) for cls, names in zip(classes, fields, strict=True)]
+    return Adapter(*built)
+
+
+def _changed(options: Any) -> dict[str, Any]:
+    default = type(options)()
+    return {
+        entry.name: getattr(options, entry.name)
+        for entry in dataclasses.fields(options)
+        if getattr(options, entry.name) != getattr(default, entry.name)
+    }

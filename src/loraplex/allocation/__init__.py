@@ -1,0 +1,5 @@
+"""The allocation axis: sites, plans and who decides them. Importing this package registers every allocator."""
+
+from loraplex.allocation import uniform
+
+__all__ = ["uniform"]

@@ -1,0 +1,160 @@
+"""AdapterConfig: what a user writes; a PEFT config like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal, cast
+
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+
+from loraplex.adapters.contracts import check_rank
+from loraplex.adapters.registry import Adapter, Axis, Deployed, illegal, parse_adapter
+from loraplex.errors import UserError, nearest
+from loraplex.methods import REGISTRY
+
+
+class LoraplexType(StrEnum):
+    """Our member beside PEFT's `PeftType`; PEFT and transformers read its `value`."""
+
+    LORAPLEX = "LORAPLEX"
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Configuration of one adapter; fields that PEFT users know have the same names and meaning.
+
+    Raises:
+        UserError: (a ValueError) for unknown names and values out of range.
+    """
+
+    adapter: Any = field(default="lora")
+    """A preset's name ('lora', 'dora'), a mapping (name or factors and combine, plus options), or typed options."""
+    r: int = field(default=8)
+    """Rank of every site that `rank_pattern` does not name."""
+    alpha: float = field(default=16)
+    """Scale numerator: s = alpha/r, alpha/√r with rsLoRA."""
+    target_modules: list[str] | str | None = field(default=None)
+    """Module names (suffixes), one regular expression over full names, or 'all-linear'."""
+    exclude_modules: list[str] | str | None = field(default=None)
+    """Names or a regular expression to leave out."""
+    lora_dropout: float = field(default=0.0)
+    """Dropout on the input of A."""
+    bias: Literal["none", "all", "lora_only"] = field(default="none")
+    """Which biases of the base model train as well."""
+    modules_to_save: list[str] | None = field(default=None)
+    """Modules that are trained in full and saved with the adapter (a classification head)."""
+    layers_to_transform: list[int] | int | None = field(default=None)
+    """Indices of the blocks to adapt; all when absent."""
+    layers_pattern: list[str] | str | None = field(default=None)
+    """Name of the module list that `layers_to_transform` counts."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks by regular expression over module names."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """alpha by regular expression over module names."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    """Rows of the embedding that train as well."""
+    init_weights: bool = field(default=True)
+    """False starts away from the identity, for tests."""
+    seed: int | None = field(default=None)
+    """Seed of the initialization; drawn from torch's generator and kept when absent."""
+    allocation: str = field(default="uniform")
+    """Where the ranks go."""
+    objective: str = field(default="plain")
+    """What is minimized while training."""
+
+    def __post_init__(self) -> None:
+        """Normalize and check; see the class."""
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = cast(Any, LoraplexType.LORAPLEX)
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = cast(Any, set(self.target_modules))
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = cast(Any, set(self.exclude_modules))
+        self.adapter = self.typed_adapter.describe()
+        methods = (
+            *self.typed_adapter.methods,
+            REGISTRY.get(Axis.ALLOCATION, self.allocation),
+            REGISTRY.get(Axis.OBJECTIVE, self.objective),
+        )
+        reason = illegal(*methods)
+        if reason is not None:
+            raise UserError(f"this combination is not possible: {reason}")
+        self._check_values()
+        # ranks by full site name once an allocation has finished; see `finish`
+        self.finished_ranks: dict[str, int] | None = None
+        # closed gates that are not finished yet: a checkpoint must carry them
+        self.live = False
+
+    def _check_values(self) -> None:
+        check_rank("the adapter (r)", self.r)
+        for pattern, rank in self.rank_pattern.items():
+            check_rank(f"'{pattern}' (rank_pattern)", rank)
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+                raise UserError(f"alpha of '{name}' is {alpha!r}: give a number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout is {self.lora_dropout!r}: give a number from 0 to below 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise UserError(f"bias is {self.bias!r}: choose 'none', 'all' or 'lora_only'")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("layers_pattern is given without layers_to_transform: give both or neither")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise UserError("layers_to_transform needs target_modules as a list of names, not as one expression")
+
+    @property
+    def typed_adapter(self) -> Adapter:
+        """The adapter as typed options."""
+        return parse_adapter(self.adapter)
+
+    @property
+    def deployed(self) -> Deployed:
+        """The form in which this adapter is saved now: its own type as long as it is live."""
+        return Deployed.OWN if self.live else self.typed_adapter.deployed
+
+    def rank_of(self, site: str) -> int:
+        """Return the rank configured for a full module name."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), site), self.r)
+
+    def alpha_of(self, site: str) -> float:
+        """Return the alpha configured for a full module name."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), site), self.alpha)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json: PEFT's own LoRA config where the adapter is exactly that, ours otherwise."""
+        if self.deployed is Deployed.OWN:
+            super().save_pretrained(save_directory, **kwargs)
+        else:
+            from loraplex.tuner.peft_lora import to_lora_config
+
+            to_lora_config(self).save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_peft(cls, source: str | LoraConfig) -> AdapterConfig:
+        """Return the config that reproduces a stock PEFT LoRA or DoRA adapter.
+
+        Raises:
+            UserError: when the folder's config uses something that loraplex does not represent.
+        """
+        from loraplex.tuner.peft_lora import from_lora_config
+
+        config = PeftConfig.from_pretrained(source) if isinstance(source, str) else source
+        if not isinstance(config, LoraConfig):
+            raise UserError(f"{source} is a {config.peft_type} adapter: only LORA adapters can be read into loraplex")
+        return from_lora_config(config)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse keys that this version does not know, instead of dropping them."""
+        known = {entry.name for entry in fields(cls)}
+        refuse_unknown(kwargs, known)
+        return kwargs
+
+
+def refuse_unknown(keys: Iterable[str], known: set[str]) -> None:
+    """Raise a UserError for the first key that is not known, naming the nearest that is."""
+    for key in keys:
+        if key not in known:
+            raise UserError(f"adapter_config.json has an unknown key '{key}'.{nearest(key, known)}")

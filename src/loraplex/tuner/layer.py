@@ -1,0 +1,184 @@
+"""The one layer wrapper: a frozen linear map with the adapters of all names that sit on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraplex.adapters.contracts import BaseWeight, SiteAdapter
+from loraplex.errors import UserError
+
+ADAPTERS = "loraplex_adapters"
+"""Attribute of the layer that holds its adapters by name; part of every parameter key of ours."""
+
+
+class FrozenLinear(BaseWeight):
+    """W0 and b of an `nn.Linear` or a GPT-2 `Conv1D` (which stores the transpose)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.transposed = isinstance(module, Conv1D)
+
+    def matrix(self) -> Tensor:
+        """Return W0 (out, in), dequantized where necessary."""
+        weight: Tensor = dequantize_module_weight(self.module)
+        return weight.T if self.transposed else weight
+
+    def bias(self) -> Tensor | None:
+        """Return b (out,) or None."""
+        return cast("Tensor | None", self.module.bias)
+
+    def parameter(self) -> nn.Parameter:
+        """Return the weight as the module stores it."""
+        return cast(nn.Parameter, self.module.weight)
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) of a linear map that can be a site, None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+class SiteLayer(nn.Module, BaseTunerLayer):
+    """Frozen linear plus adapters: y = base(x) + Σ Δy over the active adapters, each Δ taken against W0."""
+
+    adapter_layer_names = (ADAPTERS,)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, site: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site = site
+        self.loraplex_adapters = nn.ModuleDict()
+        self.frozen = FrozenLinear(base_layer)
+        shape = features(base_layer)
+        assert shape is not None
+        self.in_features, self.out_features = shape
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        # W0 while adapters are merged, so that unmerging is exact to the bit
+        self._kept_weight: Tensor | None = None
+
+    def adapter(self, name: str) -> SiteAdapter:
+        """Return the adapter of that name on this site."""
+        module = self.loraplex_adapters[name]
+        assert isinstance(module, SiteAdapter)
+        return module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return y (..., out) for x (..., in); `adapter_names` gives each row of the batch its own adapter."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y0: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y0
+        deltas = [
+            self.adapter(name).delta(x, y0, self.frozen)
+            for name in self.active_adapters
+            if name in self.loraplex_adapters
+        ]
+        return (y0 + sum(deltas[1:], deltas[0])).to(y0.dtype) if deltas else y0
+
+    def _mixed_batch(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged:
+            raise UserError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if len(x) % len(names):
+            raise UserError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {len(x)} respectively."
+            )
+        # beam search repeats every row
+        rows = [name for name in names for _ in range(len(x) // len(names))]
+        y0: Tensor = self.base_layer(x, *args, **kwargs)
+        y = y0.clone()
+        for name in dict.fromkeys(rows):
+            if self.disable_adapters or name not in self.loraplex_adapters:
+                continue
+            index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+            delta = self.adapter(name).delta(x[index], y0[index], self.frozen)
+            y[index] = (y0[index] + delta).to(y.dtype)
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the active (or the named) adapters into the base weight: W0 + Σ ΔW, every ΔW taken against W0.
+
+        Raises:
+            UserError: with `safe_merge`, when the result is not finite; the base weight is then untouched.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraplex_adapters]
+        if not names:
+            return
+        weight = self.frozen.parameter()
+        kept = weight.data if self._kept_weight is None else self._kept_weight
+        w0 = kept.T if self.frozen.transposed else kept
+        merged = w0
+        for name in [*self.merged_adapters, *names]:
+            merged = merged + self.adapter(name).delta_weight(w0)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise UserError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken at {self.site}"
+            )
+        merged = (merged.T if self.frozen.transposed else merged).to(weight.dtype).contiguous()
+        self._kept_weight = kept
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put W0 back, exact to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
+            return
+        assert self._kept_weight is not None
+        weight = self.frozen.parameter()
+        weight.data = self._kept_weight.to(device=weight.device, dtype=weight.dtype)
+        self._kept_weight = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return ΔW of one adapter in the layout of the base weight."""
+        delta = self.adapter(adapter).delta_weight(self._w0())
+        return delta.T if self.frozen.transposed else delta
+
+    def _w0(self) -> Tensor:
+        if self._kept_weight is None:
+            return self.frozen.matrix()
+        return self._kept_weight.T if self.frozen.transposed else self._kept_weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell PEFT that ΔW of this site can be computed."""
+        return True
+
+    def cast_adapter(self, name: str, autocast: bool) -> None:
+        """Cast an adapter's parameters: at least float32 when `autocast`, the dtype of the base otherwise."""
+        if name not in self.loraplex_adapters:
+            return
+        base = self.frozen.parameter().dtype
+        dtype = base if base.is_floating_point and base.itemsize >= 2 else torch.float32
+        if autocast:
+            dtype = torch.promote_types(dtype, torch.float32)
+        for parameter in self.loraplex_adapters[name].parameters():
+            # in place: optimizers and checkpoints may already hold the parameter
+            parameter.data = parameter.data.to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype of the base, which rounds float32 adapters
+        target = self.frozen.parameter().device if device is None else device
+        if adapter_name in self.loraplex_adapters and target.type != "meta":
+            module = self.loraplex_adapters[adapter_name]
+            if not any(tensor.is_meta for tensor in module.state_dict().values()):
+                module.to(target)

@@ -1,0 +1,106 @@
+"""Which modules of a model a config adapts: the one list of sites that planning, injection and reports share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from copy import copy
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from loraplex.allocation.sites import Site
+from loraplex.errors import UserError, nearest
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.layer import features
+
+
+def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
+    """Return the sites that `config` adapts in `model`, in the order of its modules.
+
+    The model may carry adapters already; the config is not changed.
+
+    Raises:
+        UserError: when a target, a rank pattern or an alpha pattern matches nothing (the nearest module names are
+            given), when a target is not a linear map, or when a rank is larger than its site allows.
+    """
+    config = _resolved(model, config)
+    sites, refused = [], []
+    for name, module in _own_modules(model):
+        if not name or not _matches(config, name):
+            continue
+        frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        shape = features(frozen)
+        if shape is None:
+            refused.append((name, type(frozen).__name__))
+            continue
+        sites.append(Site(name, *shape, bias=getattr(frozen, "bias", None) is not None))
+    _check_targets(model, config, sites, refused)
+    _check_patterns(config, sites)
+    return sites
+
+
+def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """Return a copy with target_modules filled in: the architecture's default, or the names behind 'all-linear'."""
+    config = copy(config)
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
+        if names is None:
+            raise UserError(
+                f"no default target_modules for model type '{model_type}'. Please specify `target_modules`, "
+                "for example 'all-linear'"
+            )
+        config.target_modules = list(names)
+    return cast(AdapterConfig, _maybe_include_all_linear_layers(config, model))
+
+
+def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Yield the base model's modules under their own names, without what lies inside tuner layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, name + ".")
+
+
+def _matches(config: AdapterConfig, name: str) -> bool:
+    found: Any = check_target_module_exists(config, name)
+    return bool(found)
+
+
+def _check_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], refused: list[tuple[str, str]]) -> None:
+    if refused:
+        name, kind = refused[0]
+        raise UserError(f"target {name} is a {kind}: loraplex adapts Linear and Conv1D modules only")
+    linear = [name for name, module in _own_modules(model) if features(_frozen(module)) is not None]
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
+    if isinstance(config.target_modules, (set, list, tuple)):
+        for target in sorted(config.target_modules):
+            names = {name for name, _ in _own_modules(model)}
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise UserError(
+                    f"Target modules: '{target}' not found in the base model; its linear modules are "
+                    f"{', '.join(kinds)}.{nearest(target, kinds + linear)}"
+                )
+    if not sites:
+        raise UserError(
+            f"target_modules {config.target_modules!r} with the given exclusions and layers match no linear module; "
+            f"the linear modules are {', '.join(kinds)}.{nearest(str(config.target_modules), kinds + linear)}"
+        )
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _check_patterns(config: AdapterConfig, sites: list[Site]) -> None:
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", site.name) for site in sites):
+                hint = nearest(pattern, [site.kind for site in sites] + [site.name for site in sites])
+                raise UserError(f"{field} '{pattern}' matches no adapted module.{hint}")

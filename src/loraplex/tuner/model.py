@@ -1,0 +1,237 @@
+"""The one tuner: PEFT injects, switches, merges and saves through it, whatever the method."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
+from loraplex.errors import UserError
+from loraplex.tuner import saving
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
+from loraplex.tuner.matching import find_sites
+
+
+class LoraplexTuner(BaseTuner):
+    """Hosts every method; `peft_config` maps adapter names to `AdapterConfig`."""
+
+    prefix = "loraplex_"
+    tuner_layer_cls = SiteLayer
+    target_module_mapping = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        assert isinstance(config, AdapterConfig)
+        refuse_name(model, adapter_name)
+        # before anything is changed: every target and pattern must match
+        find_sites(model, config)
+        if config.seed is None:
+            config.seed = int(torch.randint(2**62, ()).item())
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        name = next(name for name, other in self.peft_config.items() if other is config)
+        if len(self.peft_config) > 1:
+            try:
+                self._pre_injection_hook(self.model, config, name)
+            except UserError:
+                del self.peft_config[name]
+                raise
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, AdapterConfig)
+        layer = target if isinstance(target, SiteLayer) else None
+        if layer is None:
+            if features(target) is None:
+                raise UserError(
+                    f"target {current_key} is a {type(target).__name__}: loraplex adapts Linear and Conv1D modules only"
+                )
+            layer = SiteLayer(target, current_key)
+        layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        if adapter_name not in self.active_adapters:
+            layer.loraplex_adapters[adapter_name].requires_grad_(False)
+        if layer is not target:
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+
+    def layers(self) -> Iterator[SiteLayer]:
+        """Yield the layers that carry adapters, in the order of the base model's modules."""
+        for module in self.model.modules():
+            if isinstance(module, SiteLayer):
+                yield module
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in self.layers():
+            layer.cast_adapter(adapter_name, autocast_adapter_dtype)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the active (or the named) adapters; nothing is touched when one of them cannot be merged."""
+        self._refuse_unmergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._refuse_unmergeable(adapter_names)
+        elif any(layer.merged for layer in self.layers()):
+            self.unmerge_adapter()  # type: ignore[no-untyped-call]
+        return cast(Any, super())._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _refuse_unmergeable(self, adapter_names: Sequence[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config.get(name)
+            if isinstance(config, AdapterConfig) and not config.typed_adapter.mergeable:
+                raise UserError(f"adapter '{name}' ({config.adapter}) cannot be merged into the base weights; none was")
+        for layer in self.layers():
+            if not layer.frozen.parameter().is_floating_point():
+                raise UserError(f"{layer.site} is quantized: load the base model in full precision to merge into it")
+
+    def close_ranks(self, adapter_name: str, site: str, ranks: Sequence[int]) -> None:
+        """Close ranks of one site: their part of BA becomes zero at once, shapes and optimizer state stay.
+
+        Until `finish` is called the adapter is live, and a checkpoint carries its gates in loraplex's own type.
+
+        Raises:
+            UserError: for an unknown adapter or site, or a rank that the site does not have.
+        """
+        config = self.peft_config.get(adapter_name)
+        if not isinstance(config, AdapterConfig):
+            raise UserError(f"no adapter '{adapter_name}': there are {', '.join(self.peft_config)}")
+        for layer in self.layers():
+            if layer.site == site and adapter_name in layer.loraplex_adapters:
+                factors = layer.adapter(adapter_name).factors
+                if any(not 0 <= rank < factors.rank for rank in ranks):
+                    raise UserError(f"{site} has ranks 0 to {factors.rank - 1}, not {list(ranks)}")
+                factors.gate[list(ranks)] = 0
+                config.live = True
+                return
+        raise UserError(f"adapter '{adapter_name}' has no site '{site}'")
+
+    def finish(self, adapter_name: str) -> dict[str, int]:
+        """End rank changes: from now on the adapter is saved compacted. Return the final rank of every site."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, AdapterConfig)
+        ranks = {
+            layer.site: layer.adapter(adapter_name).factors.open_ranks
+            for layer in self.layers()
+            if adapter_name in layer.loraplex_adapters
+        }
+        if not any(ranks.values()):
+            raise UserError(f"adapter '{adapter_name}' has no open rank left: there is nothing to save")
+        config.finished_ranks, config.live = ranks, False
+        return ranks
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise UserError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise UserError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        hook = partial(_pass_adapter_names, adapter_names=list(names))
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (SiteLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        assert isinstance(config, AdapterConfig)
+        tensors = saving.file_tensors(saving.of_adapter(state_dict, adapter_name), config, adapter_name, model)
+        tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return saving.model_tensors(model, adapter_name, state_dict)
+
+
+def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig) -> SiteAdapter:
+    """Return a freshly initialized adapter for a layer."""
+    options = config.typed_adapter
+    assert config.seed is not None
+    limit = options.factors.largest_rank(layer.in_features, layer.out_features)
+    init = SiteInit(
+        name=site,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        rank=check_rank(site, config.rank_of(site), limit),
+        alpha=config.alpha_of(site),
+        seed=config.seed,
+        weight=layer.frozen.matrix,
+        identity=config.init_weights,
+        meta=_makes_meta_parameters(),
+    )
+    return SiteAdapter(options.factors.build(init), options.combine.build(init), config.lora_dropout)
+
+
+def refuse_name(model: nn.Module, adapter_name: str) -> None:
+    """Raise a UserError for an adapter name that is a component of a parameter key.
+
+    PEFT tells the adapters apart by searching ".name." in the keys, so such a name would lose tensors in silence.
+    """
+    taken = {part for name, _ in model.named_modules() for part in name.split(".")}
+    taken |= {part for key in model.state_dict() for part in key.split(".")}
+    reserved = {ADAPTERS, "factors", "combine", "gate", "dropout", "base_model", "model", "base_layer", "__base__"}
+    reserved |= {"lora_A", "lora_B", "lora_magnitude_vector", "weight", "bias", "modules_to_save", "original_module"}
+    existing = set(getattr(model, "peft_config", None) or {})
+    if adapter_name in (taken - existing) | reserved or "." in adapter_name or not adapter_name:
+        raise UserError(f"adapter name '{adapter_name}' is part of the model's own parameter names: choose another")
+
+
+def _makes_meta_parameters() -> bool:
+    """Whether parameters are being put on the meta device right now (low_cpu_mem_usage)."""
+    probe = nn.Module()
+    probe.probe = nn.Parameter(torch.empty(0))
+    return bool(probe.probe.is_meta)
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}

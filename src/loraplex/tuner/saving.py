@@ -1,0 +1,125 @@
+"""What an adapter file holds: the one mapping between tensors of the model and tensors of the file.
+
+Two namings. Own: "SITE.loraplex_adapters.factors.lora_A", every tensor, gates too. LoRA: "SITE.lora_A.weight" and
+"SITE.lora_magnitude_vector", without gates, for adapters that are exactly LoRA or DoRA. A loader recognizes the naming
+by the file itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.adapters.registry import Deployed
+from loraplex.errors import UserError
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.layer import ADAPTERS, SiteLayer
+
+_PREFIX = "base_model.model."
+_GATE = "factors.gate"
+_LORA_NAMES = {
+    "factors.lora_A": "lora_A.weight",
+    "factors.lora_B": "lora_B.weight",
+    "combine.lora_magnitude_vector": "lora_magnitude_vector",
+}
+
+
+def of_adapter(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Return the entries of a model's state dict that belong to one adapter."""
+    part = f".{ADAPTERS}.{adapter_name}."
+    return {key: value for key, value in state_dict.items() if part in key}
+
+
+def _split(key: str, adapter_name: str) -> tuple[str, str]:
+    """Split a model key into (site with PEFT's prefix, tensor name inside the adapter)."""
+    site, _, tensor = key.partition(f".{ADAPTERS}.{adapter_name}.")
+    return site, tensor
+
+
+def _own_key(site: str, tensor: str) -> str:
+    return f"{site}.{ADAPTERS}.{tensor}"
+
+
+def file_tensors(
+    tensors: dict[str, Tensor], config: AdapterConfig, adapter_name: str, model: nn.Module
+) -> dict[str, Tensor]:
+    """Return what is written: keys without the adapter name, compacted once an allocation has finished."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        site, name = _split(key, adapter_name)
+        by_site.setdefault(site, {})[name] = value
+    if config.deployed is Deployed.OWN:
+        return {_own_key(site, name): value for site, named in by_site.items() for name, value in named.items()}
+    scales = _scales(model, adapter_name) if config.finished_ranks is not None else {}
+    written = {}
+    for site, named in by_site.items():
+        if config.finished_ranks is not None:
+            named = _compacted(named, scales[site.removeprefix(_PREFIX)])
+        written.update({f"{site}.{_LORA_NAMES[name]}": value for name, value in named.items() if name != _GATE})
+    return written
+
+
+def _compacted(named: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Drop closed ranks and fold the scale into B; a site without open ranks is left out."""
+    gate = named[_GATE].bool()
+    if not gate.any():
+        return {}
+    rest = {name: value for name, value in named.items() if name != _GATE}
+    a, b = rest["factors.lora_A"], rest["factors.lora_B"]
+    return {**rest, "factors.lora_A": a[gate], "factors.lora_B": b[:, gate] * scale}
+
+
+def _scales(model: nn.Module, adapter_name: str) -> dict[str, float]:
+    return {
+        layer.site: layer.adapter(adapter_name).factors.scale
+        for layer in model.modules()
+        if isinstance(layer, SiteLayer) and adapter_name in layer.loraplex_adapters
+    }
+
+
+def model_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors under the model's keys, every key checked both ways.
+
+    Gates that the file does not hold are opened: they may have been closed since.
+
+    Raises:
+        UserError: for a tensor that is missing, not expected, or of another shape than the model's.
+    """
+    ours = model.state_dict()
+    adapter = of_adapter(ours, adapter_name)
+    lora_naming = any(key.endswith(tuple(f".{name}" for name in _LORA_NAMES.values())) for key in tensors)
+    translated: dict[str, str] = {}
+    for key in adapter:
+        site, name = _split(key, adapter_name)
+        if lora_naming and name == _GATE:
+            continue
+        file_key = f"{site}.{_LORA_NAMES.get(name, name)}" if lora_naming else _own_key(site, name)
+        translated[file_key] = key
+        if not file_key.startswith(_PREFIX):
+            # layers injected without a PeftModel: the file has PEFT's prefix, the model has not
+            translated[_PREFIX + file_key] = key
+    loaded: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = translated.get(key, key)
+        if name not in ours and name.removeprefix(_PREFIX) not in ours:
+            raise UserError(f"the adapter file holds '{key}', which this model and config do not have")
+        loaded[name] = value
+    for key, value in adapter.items():
+        if key not in loaded and key.endswith(f".{_GATE}"):
+            loaded[key] = torch.ones_like(value)
+    _check_complete(adapter, loaded)
+    return loaded
+
+
+def _check_complete(adapter: dict[str, Any], loaded: dict[str, Tensor]) -> None:
+    missing = [key for key in adapter if key not in loaded]
+    if missing:
+        raise UserError(f"the adapter file lacks {len(missing)} of {len(adapter)} tensors, the first is '{missing[0]}'")
+    for key, value in adapter.items():
+        if value.shape != loaded[key].shape:
+            raise UserError(
+                f"'{key}' is {tuple(loaded[key].shape)} in the file and {tuple(value.shape)} in the model: "
+                "the adapter belongs to another base model or configuration"
+            )
