@@ -1,0 +1,176 @@
+"""`loraplex methods`: the registry and its capability matrix, both read off the records. No method is named here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+
+    from loraplex.adapters.registry import Adapter, Method
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+def methods(as_json: bool) -> None:
+    """List the methods and what each of them can do.
+
+    An adapter is a pair of factors and combine; an allocation and an objective go with it. The matrix shows which of
+    them go together and, below it, why the others do not.
+    """
+    description = describe()
+    if as_json:
+        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    # Off a terminal the tables are as wide as they need to be, so that nothing is cut in a file.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    for part in _render(description):
+        console.print(part)
+
+
+def describe() -> dict[str, Any]:
+    """Return presets, methods by axis and the matrix as plain data."""
+    from loraplex.adapters.registry import Axis
+    from loraplex.methods import REGISTRY
+
+    presets = [
+        {
+            "name": preset.name,
+            "factors": preset.factors,
+            "combine": preset.combine,
+            "summary": preset.summary,
+            "parameters": preset.parameters,
+            "paper": preset.paper,
+        }
+        for preset in REGISTRY.presets.values()
+    ]
+    axes = {axis.value: [_describe_method(method) for method in REGISTRY.members(axis)] for axis in Axis}
+    return {"adapters": presets, "axes": axes, "matrix": _matrix()}
+
+
+def _describe_method(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "parameters": method.parameters,
+        "paper": method.paper,
+        "provides": sorted(capability.value for capability in method.provides),
+        "needs": sorted(capability.value for capability in method.needs),
+    }
+
+
+def _matrix() -> list[dict[str, Any]]:
+    """Return one row per pair of factors and combine: legal or why not, and what goes with it."""
+    from loraplex.adapters.registry import Adapter, Axis, illegal
+    from loraplex.methods import REGISTRY
+
+    rows = []
+    for factors in REGISTRY.members(Axis.FACTORS):
+        for combine in REGISTRY.members(Axis.COMBINE):
+            refused = illegal(factors, combine)
+            row: dict[str, Any] = {"factors": factors.name, "combine": combine.name, "refused": refused}
+            if refused is None:
+                row |= _describe_pair(Adapter(factors.options(), combine.options()))
+            rows.append(row)
+    return rows
+
+
+def _describe_pair(adapter: Adapter) -> dict[str, Any]:
+    """Return what a legal pair can do; for each other method None, or the sentence that refuses it."""
+    from loraplex.adapters.registry import Axis, illegal
+    from loraplex.methods import REGISTRY
+
+    row: dict[str, Any] = {
+        "adapter": adapter.describe(),
+        "saved_as": adapter.deployed.value,
+        "mergeable": adapter.mergeable,
+    }
+    for axis in (Axis.ALLOCATION, Axis.OBJECTIVE):
+        row[axis.value] = {other.name: illegal(*adapter.methods, other) for other in REGISTRY.members(axis)}
+    return row
+
+
+def _render(description: dict[str, Any]) -> list[RenderableType]:
+    """Return the tables and footnotes to print."""
+    axes = description["axes"]
+    return [
+        _table(
+            "Adapters by name",
+            ("adapter", "factors", "combine", "summary", "parameters", "paper"),
+            _presets(description),
+        ),
+        _table("Methods by axis", ("axis", "method", "summary", "parameters", "paper"), _members(axes)),
+        _table("What a method offers to and needs from the others", ("", *_names(axes)), _capabilities(axes)),
+        *_pairs_table(description),
+    ]
+
+
+def _table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _presets(description: dict[str, Any]) -> list[list[str]]:
+    keys = ("name", "factors", "combine", "summary", "parameters", "paper")
+    return [[preset[key] for key in keys] for preset in description["adapters"]]
+
+
+def _members(axes: dict[str, Any]) -> list[list[str]]:
+    keys = ("name", "summary", "parameters", "paper")
+    return [[axis, *(entry[key] for key in keys)] for axis, entries in axes.items() for entry in entries]
+
+
+def _names(axes: dict[str, Any]) -> list[str]:
+    return [f"{axis}\n{entry['name']}" for axis, entries in axes.items() for entry in entries]
+
+
+def _capabilities(axes: dict[str, Any]) -> list[list[str]]:
+    """Return one row per capability: who offers it, who needs it."""
+    from loraplex.adapters.registry import Capability
+
+    entries = [entry for entries in axes.values() for entry in entries]
+    rows = []
+    for capability in Capability:
+        verbs = {"provides": "offers", "needs": "needs"}
+        cells = (" ".join(verb for key, verb in verbs.items() if capability in entry[key]) for entry in entries)
+        rows.append([capability.value, *cells])
+    return rows
+
+
+def _pairs_table(description: dict[str, Any]) -> list[RenderableType]:
+    """Return the table of all pairs of factors and combine, and under it the reasons that its numbers point to."""
+    reasons: list[str] = []
+
+    def mark(reason: str | None) -> str:
+        if reason is None:
+            return "yes"
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no ({reasons.index(reason) + 1})"
+
+    others = [(axis, entry["name"]) for axis in ("allocation", "objective") for entry in description["axes"][axis]]
+    rows = []
+    for pair in description["matrix"]:
+        cells = [pair["factors"], pair["combine"], mark(pair["refused"])]
+        if pair["refused"] is None:
+            cells += ["yes" if pair["mergeable"] else "no", pair["saved_as"]]
+            cells += [mark(pair[axis][name]) for axis, name in others]
+        rows.append(cells)
+    headings = ("factors", "combine", "possible", "merges", "saved as", *(f"{axis}\n{name}" for axis, name in others))
+    table = _table("What goes together", headings, rows)
+    return [table, *(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))]
