@@ -27,15 +27,24 @@ def _register() -> None:
 
 
 class _WaitForPeft(MetaPathFinder):
-    """Finds nothing by itself: wraps the loader of `peft` once, then steps aside."""
+    """Finds nothing by itself: wraps the loader of `peft`, and stays until that has been executed.
+
+    Asking for the spec alone, as transformers does to see whether PEFT is installed, must not use it up.
+    """
+
+    def __init__(self) -> None:
+        self.asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisterAfter(spec.loader)
         return spec
@@ -56,4 +65,5 @@ class _RegisterAfter(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WaitForPeft)]
         _register()
