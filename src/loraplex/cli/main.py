@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -77,7 +79,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what the user can mend leaves as a one-line message unless a traceback was asked for."""
         try:
-            return super().invoke(ctx)
+            with _plain_reports(debug=ctx.params["traceback"]):
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise Interrupted(str(interrupt)) from interrupt
         except (UserError, OSError) as error:
@@ -85,6 +88,31 @@ class LazyGroup(click.Group):
             if ctx.params["traceback"] or not is_ours:
                 raise
             raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def _plain_reports(debug: bool) -> Iterator[None]:
+    """Print our warnings and log messages as single lines; leave out what other packages announce to developers."""
+    import logging
+
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("loraplex")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.filterwarnings("ignore", category=FutureWarning, module="(?!loraplex)")
+                warnings.showwarning = _show_warning
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _show_warning(message: Warning | str, *where: object, **others: object) -> None:
+    click.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 @click.group(
