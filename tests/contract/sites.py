@@ -1,0 +1,75 @@
+"""What the contract tests share: every legal adapter, and sites of odd sizes to put them on."""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraplex import Adapter
+from loraplex.adapters.contracts import SiteAdapter, SiteInit
+from loraplex.adapters.registry import Axis, illegal
+from loraplex.methods import REGISTRY
+from loraplex.tuner.layer import FrozenLinear
+
+
+def oracle(name: str):
+    """The reference module of a method: it must exist for everything that registers."""
+    return importlib.import_module(f"tests.reference.{name}")
+
+
+def adapters() -> list[Adapter]:
+    """Every legal combination of factors and combine, in every variant their oracles name."""
+    return [
+        Adapter(factors, combine)
+        for f in REGISTRY.members(Axis.FACTORS)
+        for c in REGISTRY.members(Axis.COMBINE)
+        if illegal(f, c) is None
+        for factors in oracle(f.name).VARIANTS
+        for combine in oracle(c.name).VARIANTS
+    ]
+
+
+def label(adapter: Adapter) -> str:
+    described = adapter.describe()
+    return described if isinstance(described, str) else "-".join(f"{v}" for v in described.values())
+
+
+@dataclass
+class BuiltSite:
+    """A frozen linear, an adapter on it, and the raw tensors of both."""
+
+    base: nn.Linear
+    adapter: SiteAdapter
+    options: Adapter
+    alpha: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        y0 = self.base(x)
+        return y0 + self.adapter.delta(x, y0, FrozenLinear(self.base))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The oracle's output, on the same tensors."""
+        factors, combine = (oracle(method.name) for method in self.options.methods)
+        raw = dict(self.adapter.factors.named_parameters()) | dict(self.adapter.factors.named_buffers())
+        a, b = factors.pair(self.options.factors, self.alpha, self.adapter.factors.rank, raw)
+        own = dict(self.adapter.combine.named_parameters())
+        weight = combine.weight(self.options.combine, self.base.weight, a, b, self.adapter.factors.gate, own)
+        bias = 0 if self.base.bias is None else self.base.bias
+        return x @ weight.T + bias
+
+
+def build(
+    options: Adapter, in_features: int, out_features: int, rank: int, *, bias: bool = True, dtype=torch.float64,
+    name: str = "layers.0.site", seed: int = 7, perturb: bool = True, alpha: float = 6.0, dropout: float = 0.0,
+) -> BuiltSite:  # fmt: skip
+    """Build a site, by default away from its initial point: every trainable is perturbed."""
+    torch.manual_seed(3)
+    base = nn.Linear(in_features, out_features, bias=bias).to(dtype).requires_grad_(False)
+    init = SiteInit(name, in_features, out_features, rank, alpha, seed, lambda: base.weight)
+    adapter = SiteAdapter(options.factors.build(init), options.combine.build(init), dropout).to(dtype)
+    if perturb:
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return BuiltSite(base, adapter, options, alpha)

@@ -1,0 +1,134 @@
+"""The contract every legal adapter keeps, on single sites; what registers is tested."""
+
+import pytest
+import torch
+from tests.contract.sites import adapters, build, label
+
+from loraplex.errors import UserError
+
+EVERY = pytest.mark.parametrize("options", adapters(), ids=label)
+# odd, wide, tall, and a rank above the shorter side
+SHAPES = pytest.mark.parametrize("shape", [(7, 5, 2), (5, 11, 3), (16, 16, 1), (3, 9, 4)], ids=str)
+BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+
+
+def evaluate(text: str, **sizes: int) -> int:
+    """Evaluate a parameter formula of a method's record."""
+    names = {"in": "d_in", "out": "d_out"}
+    for name, safe in names.items():
+        text = text.replace(name, safe)
+    return eval(text.replace("·", "*"), {}, {names.get(k, k): v for k, v in sizes.items()})
+
+
+@EVERY
+@SHAPES
+@BIAS
+def test_output_and_gradients_equal_the_oracle(options, shape, bias):
+    site = build(options, *shape, bias=bias)
+    x = torch.randn(2, 4, shape[0], dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 4, shape[1], dtype=torch.float64)
+    wanted = [x, *site.adapter.parameters()]
+
+    ours, theirs = site.forward(x), site.reference(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-11)
+
+
+@EVERY
+@BIAS
+@pytest.mark.parametrize("closed", [[0], [1, 2], [0, 1, 2]], ids=str)
+def test_closed_ranks_equal_the_oracle_and_all_closed_is_the_base(options, bias, closed):
+    site = build(options, 7, 5, 3, bias=bias)
+    site.adapter.factors.gate[closed] = 0
+    x = torch.randn(6, 7, dtype=torch.float64)
+    torch.testing.assert_close(site.forward(x), site.reference(x), rtol=1e-11, atol=1e-11)
+    if len(closed) == 3:
+        assert torch.equal(site.forward(x), site.base(x))
+
+
+@EVERY
+@SHAPES
+def test_starts_as_the_identity(options, shape):
+    site = build(options, *shape, perturb=False, dtype=torch.float32)
+    x = torch.randn(5, shape[0])
+    assert torch.equal(site.forward(x), site.base(x))
+
+
+@EVERY
+@BIAS
+def test_merged_weight_gives_the_same_output(options, bias):
+    site = build(options, 7, 5, 2, bias=bias)
+    x = torch.randn(6, 7, dtype=torch.float64)
+    merged = site.base.weight + site.adapter.delta_weight(site.base.weight)
+    expected = torch.nn.functional.linear(x, merged, site.base.bias)
+    torch.testing.assert_close(site.forward(x), expected, rtol=1e-11, atol=1e-11)
+
+
+@EVERY
+def test_compacting_leaves_the_product_unchanged(options):
+    site = build(options, 7, 5, 3)
+    factors = site.adapter.factors
+    factors.gate[1] = 0
+    a, b = factors.pair()
+    small_a, small_b = factors.compact()
+    assert small_a.shape == (2, 7)
+    assert small_b.shape == (5, 2)
+    torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-13, atol=1e-13)
+
+
+@EVERY
+@SHAPES
+def test_parameter_count_is_the_formula_of_the_records(options, shape):
+    site = build(options, *shape)
+    in_features, out_features, rank = shape
+    formula = sum(
+        evaluate(method.parameters, r=rank, **{"in": in_features, "out": out_features}) for method in options.methods
+    )
+    assert sum(p.numel() for p in site.adapter.parameters() if p.requires_grad) == formula
+
+
+@EVERY
+def test_initialization_depends_on_seed_and_name_only(options):
+    def tensors(**changed):
+        torch.rand(13)  # the global generator must not matter
+        site = build(options, 7, 5, 2, perturb=False, **changed)
+        return torch.cat([p.detach().flatten() for p in site.adapter.parameters()])
+
+    assert torch.equal(tensors(), tensors())
+    assert not torch.equal(tensors(), tensors(seed=8))
+    assert not torch.equal(tensors(), tensors(name="layers.1.site"))
+
+
+@EVERY
+def test_gradient_reaches_every_trainable_and_nothing_else(options):
+    site = build(options, 7, 5, 2)
+    site.forward(torch.randn(6, 7, dtype=torch.float64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in site.adapter.parameters())
+    assert site.base.weight.grad is None
+    assert site.base.bias.grad is None
+
+
+@EVERY
+def test_dropout_acts_on_the_adapter_only_while_training(options):
+    site = build(options, 32, 16, 2, dropout=0.5)
+    x = torch.randn(64, 32, dtype=torch.float64)
+    site.adapter.train()
+    torch.manual_seed(0)
+    first = site.forward(x)
+    torch.manual_seed(1)
+    assert not torch.equal(first, site.forward(x))
+    site.adapter.eval()
+    torch.testing.assert_close(site.forward(x), site.reference(x), rtol=1e-11, atol=1e-11)
+
+
+@EVERY
+def test_rank_above_the_limit_of_the_site_is_named(options):
+    limit = options.factors.largest_rank(7, 5)
+    from loraplex.adapters.contracts import check_rank
+
+    assert check_rank("layers.0.site", limit, limit) == limit
+    with pytest.raises(UserError, match=rf"rank of layers\.0\.site is {limit + 1}.*at most {limit}"):
+        check_rank("layers.0.site", limit + 1, limit)
