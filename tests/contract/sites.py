@@ -61,7 +61,7 @@ class BuiltSite:
 
 def build(
     options: Adapter, in_features: int, out_features: int, rank: int, *, bias: bool = True, dtype=torch.float64,
-    name: str = "layers.0.site", seed: int = 7, perturb: bool = True, alpha: float = 6.0, dropout: float = 0.0,
+    name: str = "layers.0.site", seed: int = 7, perturb: bool = True, alpha: float = 5.0, dropout: float = 0.0,
 ) -> BuiltSite:  # fmt: skip
     """Build a site, by default away from its initial point: every trainable is perturbed."""
     torch.manual_seed(3)

@@ -52,7 +52,7 @@ class LoRAFactors(Factors):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and s·B·diag(gate) (out, r)."""
-        return self.lora_A, self.lora_B * (self.gate * self.scale).to(self.lora_B.dtype)
+        return self.lora_A, self.lora_B * (self.gate.to(self.lora_B.dtype) * self.scale)
 
 
 REGISTRY.add(

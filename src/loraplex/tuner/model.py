@@ -73,14 +73,14 @@ class LoraplexTuner(BaseTuner):
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
 
-    def layers(self) -> Iterator[SiteLayer]:
+    def site_layers(self) -> Iterator[SiteLayer]:
         """Yield the layers that carry adapters, in the order of the base model's modules."""
         for module in self.model.modules():
             if isinstance(module, SiteLayer):
                 yield module
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for layer in self.layers():
+        for layer in self.site_layers():
             layer.cast_adapter(adapter_name, autocast_adapter_dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -97,7 +97,7 @@ class LoraplexTuner(BaseTuner):
     ) -> Any:
         if merge:
             self._refuse_unmergeable(adapter_names)
-        elif any(layer.merged for layer in self.layers()):
+        elif any(layer.merged for layer in self.site_layers()):
             self.unmerge_adapter()  # type: ignore[no-untyped-call]
         return cast(Any, super())._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -108,7 +108,7 @@ class LoraplexTuner(BaseTuner):
             config = self.peft_config.get(name)
             if isinstance(config, AdapterConfig) and not config.typed_adapter.mergeable:
                 raise UserError(f"adapter '{name}' ({config.adapter}) cannot be merged into the base weights; none was")
-        for layer in self.layers():
+        for layer in self.site_layers():
             if not layer.frozen.parameter().is_floating_point():
                 raise UserError(f"{layer.site} is quantized: load the base model in full precision to merge into it")
 
@@ -123,7 +123,7 @@ class LoraplexTuner(BaseTuner):
         config = self.peft_config.get(adapter_name)
         if not isinstance(config, AdapterConfig):
             raise UserError(f"no adapter '{adapter_name}': there are {', '.join(self.peft_config)}")
-        for layer in self.layers():
+        for layer in self.site_layers():
             if layer.site == site and adapter_name in layer.loraplex_adapters:
                 factors = layer.adapter(adapter_name).factors
                 if any(not 0 <= rank < factors.rank for rank in ranks):
@@ -139,7 +139,7 @@ class LoraplexTuner(BaseTuner):
         assert isinstance(config, AdapterConfig)
         ranks = {
             layer.site: layer.adapter(adapter_name).factors.open_ranks
-            for layer in self.layers()
+            for layer in self.site_layers()
             if adapter_name in layer.loraplex_adapters
         }
         if not any(ranks.values()):
