@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method
+from loraplex.kernels.low_rank import low_rank_linear
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Addition(Combine):
         """Return Δy (..., out) in the dtype of the factors."""
         a, b = factors.pair()
         return F.linear(F.linear(dropped.to(a.dtype), a), b)
+
+    def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+        """Return x W0ᵀ + b + Δy (..., out) in the dtype of the frozen linear."""
+        a, b = factors.parts()
+        return low_rank_linear(x, None if dropped is x else dropped, weight, bias, a, b, factors.rank_scale(b.dtype))
 
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return BA (out, in)."""

@@ -45,7 +45,7 @@ class SiteInit:
 class Factors(nn.Module, ABC):
     """How the pair (A, B) of one site is formed.
 
-    Everything else, forward, merge, export, parameter count, is derived from `pair`.
+    Everything else, forward, merge, export, parameter count, is derived from `parts`.
     A rank gate of ones and zeros lets an allocator close ranks without touching shapes or optimizer state.
     """
 
@@ -58,8 +58,17 @@ class Factors(nn.Module, ABC):
         self.register_buffer("gate", torch.ones(site.rank))
 
     @abstractmethod
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r), differentiable, neither scaled nor gated."""
+
+    def rank_scale(self, dtype: torch.dtype) -> Tensor:
+        """Return s·gate (r,): what every rank is multiplied with between A and B."""
+        return self.gate.to(dtype) * self.scale
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r), differentiable, scale and gate included in B exactly once."""
+        a, b = self.parts()
+        return a, b * self.rank_scale(b.dtype)
 
     def compact(self) -> tuple[Tensor, Tensor]:
         """Return the pair without its closed ranks: A (r', in), B (out, r'), detached. BA is unchanged, exactly."""
@@ -83,6 +92,10 @@ class Combine(nn.Module, ABC):
         x (..., in) is the input, `dropped` the same after dropout (the same object where there is none),
         y0 (..., out) = x W0ᵀ + b the frozen output. The result has the shape of y0.
         """
+
+    @abstractmethod
+    def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+        """Return y (..., out): the frozen linear W0 (out, in), b (out,) with this adapter alone, in one fast pass."""
 
     @abstractmethod
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
@@ -113,6 +126,10 @@ class SiteAdapter(nn.Module):
     def delta(self, x: Tensor, y0: Tensor, base: BaseWeight) -> Tensor:
         """Return the adapter's contribution to y0 (..., out) for input x (..., in), in the adapter's dtype."""
         return self.combine.delta(x, self.dropout(x), y0, base, self.factors)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y (..., out) of the frozen linear W0 (out, in), b (out,) with this adapter alone."""
+        return self.combine.output(x, self.dropout(x), weight, bias, self.factors)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return W' − W0 (out, in); see `Combine.delta_weight`."""

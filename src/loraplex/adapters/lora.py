@@ -50,9 +50,9 @@ class LoRAFactors(Factors):
             b = uniform((site.out_features, site.rank), 1 / math.sqrt(site.rank), generator)
         self.lora_B = nn.Parameter(b)
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and s·B·diag(gate) (out, r)."""
-        return self.lora_A, self.lora_B * (self.gate.to(self.lora_B.dtype) * self.scale)
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return the trainable pair itself."""
+        return self.lora_A, self.lora_B
 
 
 REGISTRY.add(

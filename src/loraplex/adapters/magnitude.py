@@ -52,6 +52,11 @@ class MagnitudeDirection(Combine):
         low_rank = F.linear(F.linear(dropped.to(a.dtype), a), b)
         return (ratio - 1) * frozen.to(ratio.dtype) + ratio * low_rank
 
+    def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+        """Return (m/n) ⊙ (x W0ᵀ + (x Aᵀ) Bᵀ) + b (..., out), and with dropout what `delta` describes."""
+        y0 = F.linear(x, weight, bias)
+        return (y0 + self.delta(x, dropped, y0, _Given(weight, bias), factors)).to(y0.dtype)
+
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return (m/n) ⊙ (W0 + BA) − W0 (out, in)."""
         with torch.no_grad():
@@ -63,6 +68,20 @@ class MagnitudeDirection(Combine):
         # with every rank closed the site is off, its magnitude included
         ratio = self.lora_magnitude_vector / row_norm(weight, a, b)
         return torch.where(gate.any(), ratio, torch.ones_like(ratio))
+
+
+@dataclass(frozen=True)
+class _Given(BaseWeight):
+    """A weight at hand."""
+
+    weight: Tensor
+    offset: Tensor | None
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def bias(self) -> Tensor | None:
+        return self.offset
 
 
 def row_norm(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

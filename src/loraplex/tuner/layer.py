@@ -26,9 +26,21 @@ class FrozenLinear(BaseWeight):
         self.module = module
         self.transposed = isinstance(module, Conv1D)
 
+    def plain(self) -> bool:
+        """Whether calling the module is nothing but x W0ᵀ + b on a weight that is here: no hooks, shards or codes."""
+        module = self.module
+        return (
+            type(module) in (nn.Linear, Conv1D)
+            and type(module.weight) is nn.Parameter
+            and not module.weight.requires_grad
+            and module.weight.dtype in (torch.bfloat16, torch.float32, torch.float64)
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+            and not hasattr(module, "_hf_hook")
+        )
+
     def matrix(self) -> Tensor:
         """Return W0 (out, in), dequantized where necessary."""
-        weight: Tensor = dequantize_module_weight(self.module)
+        weight = self.parameter() if self.plain() else dequantize_module_weight(self.module)
         return weight.T if self.transposed else weight
 
     def bias(self) -> Tensor | None:
@@ -82,14 +94,12 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        off = self.disable_adapters or self.merged
+        active = [] if off else [name for name in self.active_adapters if name in self.loraplex_adapters]
+        if len(active) == 1 and not args and not kwargs and self.frozen.plain():
+            return self.adapter(active[0]).output(x, self.frozen.matrix(), self.frozen.bias())
         y0: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y0
-        deltas = [
-            self.adapter(name).delta(x, y0, self.frozen)
-            for name in self.active_adapters
-            if name in self.loraplex_adapters
-        ]
+        deltas = [self.adapter(name).delta(x, y0, self.frozen) for name in active]
         return (y0 + sum(deltas[1:], deltas[0])).to(y0.dtype) if deltas else y0
 
     def _mixed_batch(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
+from loraplex.adapters.contracts import check_rank
 from loraplex.allocation.sites import Site
 from loraplex.errors import UserError, nearest
 from loraplex.tuner.config import AdapterConfig
@@ -26,7 +34,8 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
         UserError: when a target, a rank pattern or an alpha pattern matches nothing (the nearest module names are
             given), when a target is not a linear map, or when a rank is larger than its site allows.
     """
-    config = _resolved(model, config)
+    config = copy(config)
+    config.target_modules = resolved_targets(model, config)
     sites, refused = [], []
     for name, module in _own_modules(model):
         if not name or not _matches(config, name):
@@ -39,13 +48,19 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
         sites.append(Site(name, *shape, bias=getattr(frozen, "bias", None) is not None))
     _check_targets(model, config, sites, refused)
     _check_patterns(config, sites)
+    for site in sites:
+        limit = config.typed_adapter.factors.largest_rank(site.in_features, site.out_features)
+        check_rank(site.name, config.rank_of(site.name), limit)
     return sites
 
 
-def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """Return a copy with target_modules filled in: the architecture's default, or the names behind 'all-linear'."""
-    config = copy(config)
-    if config.target_modules is None:
+def resolved_targets(model: nn.Module, config: AdapterConfig) -> Any:
+    """Return target_modules filled in: the architecture's default where absent, the names behind 'all-linear'.
+
+    PEFT's own reading of 'all-linear' overlooks modules that carry our adapters already.
+    """
+    targets = config.target_modules
+    if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
         if names is None:
@@ -53,18 +68,34 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
                 f"no default target_modules for model type '{model_type}'. Please specify `target_modules`, "
                 "for example 'all-linear'"
             )
-        config.target_modules = list(names)
-    return cast(AdapterConfig, _maybe_include_all_linear_layers(config, model))
+        return set(names)
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        head = _head(model, config)
+        return {
+            name for name, module in _own_modules(model) if module is not head and features(_frozen(module)) is not None
+        }
+    return targets
+
+
+def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
+    """Return what 'all-linear' leaves out, as in PEFT: the output embedding, or a classification head."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        heads = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
+        head = next((module for module in heads if module is not None), None)
+    return head
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Yield the base model's modules under their own names, without what lies inside tuner layers."""
+    """Yield the base model's modules under their own names, without what PEFT has put inside them."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
             continue
         yield name, module
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside = (*inside, name + ".")
 
 

@@ -19,7 +19,17 @@ from loraplex.errors import UserError
 from loraplex.tuner import saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
-from loraplex.tuner.matching import find_sites
+from loraplex.tuner.matching import find_sites, resolved_targets
+
+
+RESERVED = frozenset(
+    {
+        *("", ADAPTERS, "factors", "combine", "gate", "dropout", "lora_A", "lora_B", "lora_magnitude_vector"),
+        *("base_model", "model", "base_layer", "weight", "bias", "__base__", "modules_to_save", "original_module"),
+        *("token_adapter", "trainable_tokens_delta", "trainable_tokens_original"),
+    }
+)
+"""Components of keys that PEFT and we write ourselves: no adapter may be called so."""
 
 
 class LoraplexTuner(BaseTuner):
@@ -32,8 +42,9 @@ class LoraplexTuner(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         assert isinstance(config, AdapterConfig)
         refuse_name(model, adapter_name)
-        # before anything is changed: every target and pattern must match
+        # before anything is changed: every target and pattern must match, every rank must fit
         find_sites(model, config)
+        config.target_modules = resolved_targets(model, config)
         if config.seed is None:
             config.seed = int(torch.randint(2**62, ()).item())
 
@@ -217,10 +228,9 @@ def refuse_name(model: nn.Module, adapter_name: str) -> None:
     """
     taken = {part for name, _ in model.named_modules() for part in name.split(".")}
     taken |= {part for key in model.state_dict() for part in key.split(".")}
-    reserved = {ADAPTERS, "factors", "combine", "gate", "dropout", "base_model", "model", "base_layer", "__base__"}
-    reserved |= {"lora_A", "lora_B", "lora_magnitude_vector", "weight", "bias", "modules_to_save", "original_module"}
-    existing = set(getattr(model, "peft_config", None) or {})
-    if adapter_name in (taken - existing) | reserved or "." in adapter_name or not adapter_name:
+    taken -= set(getattr(model, "peft_config", None) or {}) - {adapter_name}
+    # a ModuleDict holds the adapters of a site: its own attributes cannot be names
+    if adapter_name in taken | RESERVED or hasattr(nn.ModuleDict(), adapter_name) or "." in adapter_name:
         raise UserError(f"adapter name '{adapter_name}' is part of the model's own parameter names: choose another")
 
 

@@ -89,7 +89,7 @@ def model_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor
     """
     ours = model.state_dict()
     adapter = of_adapter(ours, adapter_name)
-    lora_naming = any(key.endswith(tuple(f".{name}" for name in _LORA_NAMES.values())) for key in tensors)
+    lora_naming = not any(f".{ADAPTERS}." in key for key in tensors)
     translated: dict[str, str] = {}
     for key in adapter:
         site, name = _split(key, adapter_name)

@@ -1,0 +1,75 @@
+"""The fused low-rank linear against the plain products, in every combination of what asks for a gradient."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from loraplex.kernels.low_rank import low_rank_linear
+
+
+def tensors(dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = {
+        "x": (3, 5, 7),
+        "dropped": (3, 5, 7),
+        "weight": (11, 7),
+        "bias": (11,),
+        "a": (2, 7),
+        "b": (11, 2),
+        "s": (2,),
+    }
+    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def naive(x, dropped, weight, bias, a, b, s):
+    return F.linear(x, weight, bias) + (x if dropped is None else dropped) @ a.T @ (b * s).T
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "asked", itertools.chain(*(itertools.combinations(["x", "bias", "a", "b"], n) for n in (1, 2, 4)))
+)
+def test_values_and_requested_gradients_equal_the_plain_products(dropout, asked):
+    given = tensors()
+    if not dropout:
+        given["dropped"] = None
+    names = [*asked, "dropped"] if dropout and "x" in asked else list(asked)
+    wanted = [given[name].requires_grad_() for name in names]
+    ours, theirs = low_rank_linear(**given), naive(**given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(ours)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-11)
+
+
+def test_under_autocast_it_runs_in_bfloat16_and_returns_gradients_in_the_dtype_of_the_pair():
+    given = tensors(torch.float32) | {"dropped": None}
+    given["a"].requires_grad_()
+    given["b"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = low_rank_linear(**given)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), naive(**given), rtol=0.02, atol=0.1)
+    y.sum().backward()
+    assert given["a"].grad.dtype == given["b"].grad.dtype == torch.float32
+
+
+def test_double_precision_gradcheck():
+    given = tensors()
+    x, a, b = (given[name].requires_grad_() for name in ("x", "a", "b"))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: low_rank_linear(x, None, given["weight"], given["bias"], a, b, given["s"]), (x, a, b)
+    )
+
+
+def test_the_input_below_the_lowest_site_gets_no_gradient_product():
+    given = tensors() | {"dropped": None}
+    given["a"].requires_grad_()
+    y = low_rank_linear(**given)
+    saw = y.grad_fn(torch.ones_like(y))
+    assert saw[0] is None
+    assert saw[4] is not None
