@@ -7,3 +7,59 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORDS = "the cat sat on the mat and the dog ran over the hill while rain fell"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama in float32 and a byte-level BPE tokenizer trained on a few words."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([WORDS] * 10, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 320}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=0, pad_token_id=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, tmp_path: Path) -> Path:
+    """The recipe of `write_tiny_recipe` in a folder of its own."""
+    return write_tiny_recipe(tmp_path, tiny_model)
+
+
+def write_tiny_recipe(folder: Path, model: Path) -> Path:
+    """Write a recipe that trains `model` for six steps on 24 rows of two options, with dropout."""
+    words = WORDS.split()
+    rows = [
+        {"question": f"{words[i % 16]} {words[i * 3 % 16]}?", "choices": ["cat", "dog sat"], "answer": i % 2}
+        for i in range(24)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"output: {folder / 'run'}\n"
+        f"model: {{name: {model}, dtype: float32}}\n"
+        "adapter: {adapter: lora, r: 2, lora_dropout: 0.1}\n"
+        f"data: {{train: {data}, test: {data}}}\n"
+        "training: {max_steps: 6, batch_size: 4, save_every: 3, learning_rate: 1e-2}\n"
+    )
+    return recipe
