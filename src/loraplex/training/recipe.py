@@ -1,0 +1,122 @@
+"""The recipe: what to train, on what, how and where to, as frozen dataclasses. One doc line per field.
+
+The `adapter` section is the one exception: its keys are the fields of `AdapterConfig`, see `adapter_section`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from loraplex.data import DataOptions
+from loraplex.errors import UserError
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The frozen base model."""
+
+    name: str = "embedded"
+    """A hub id, a folder, or "embedded": SmolLM2-135M-Instruct from the package index."""
+    dtype: Literal["bfloat16", "float32", "auto"] = "bfloat16"
+    """Of the frozen weights; "auto" is what the checkpoint says. Adapters are float32."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long, how fast and how carefully to train."""
+
+    learning_rate: Positive = 3e-4
+    """Peak learning rate."""
+    epochs: Positive = 1.0
+    """Passes over the training rows, unless `max_steps` is given."""
+    max_steps: Count | None = None
+    """Optimizer steps; overrules `epochs`."""
+    batch_size: Count = 8
+    """Rows per forward pass and device."""
+    gradient_accumulation: Count = 1
+    """Forward passes per optimizer step."""
+    schedule: str = "linear"
+    """Learning rate after the warm-up: linear, cosine, constant_with_warmup, or another name of transformers."""
+    warmup: NotNegative = 0.05
+    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    optimizer: str = "adamw_torch"
+    """A name of transformers' optimizers."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay on the adapter."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    max_length: Count | None = 512
+    """Tokens per row; longer rows lose their end, rows that lose their whole completion are dropped and counted."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens are learned."""
+    padding_free: bool = False
+    """Lay the rows of a batch end to end instead of padding them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    autocast: bool = False
+    """Run the forward pass under bfloat16 autocast; of use where `model.dtype` is float32."""
+    validation_rows: Annotated[int, Field(ge=0)] = 0
+    """Training rows held out for `eval_every` and `load_best`; never test items."""
+    eval_every: Count | None = None
+    """Steps between validation losses."""
+    load_best: bool = False
+    """End with the checkpoint of the lowest validation loss instead of the last one."""
+    save_every: Count | None = None
+    """Steps between checkpoints; unset, only the end of training (or Ctrl-C) writes one."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Older checkpoints are deleted. At least 2, so that a crash while writing one leaves the other."""
+    logging_every: Count = 1
+    """Steps between entries of the loss history."""
+    trainer_args: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of TRL's SFTConfig, by its own name."""
+
+    def __post_init__(self) -> None:
+        """Check what one field asks of another."""
+        if (self.eval_every or self.load_best) and not self.validation_rows:
+            asking = "eval_every" if self.eval_every else "load_best"
+            raise UserError(f"training.{asking} needs rows to validate on: set training.validation_rows above 0")
+        if self.load_best and not self.eval_every:
+            raise UserError("training.load_best needs training.eval_every: nothing is validated without")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured on the test rows, before and after training."""
+
+    kind: Literal["auto", "choices", "generation", "labels", "none"] = "auto"
+    """Option log-likelihood, exact match of a greedy answer, or its first label (LLM-Adapters); "auto": by the rows."""
+    normalize: Literal["sum", "characters"] = "sum"
+    """Which option log-likelihood decides: summed, or divided by the option's characters."""
+    before: bool = True
+    """Measure the base model too."""
+    items_at_once: Count = 16
+    """Test rows per forward pass."""
+    max_new_tokens: Count | None = None
+    """Tokens to generate per test row at most; unset, a little more than the longest right answer."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a run."""
+
+    output: str
+    """The run folder."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """What to train and test on."""
+    model: ModelOptions = ModelOptions()
+    """The frozen base model."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Fields of loraplex.AdapterConfig by name; `adapter: dora` is short for `adapter: {adapter: dora}`."""
+    training: TrainingOptions = TrainingOptions()
+    """How long, how fast and how carefully to train."""
+    evaluation: EvaluationOptions = EvaluationOptions()
+    """What is measured on the test rows."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of adapter initialization, row order and dropout."""
