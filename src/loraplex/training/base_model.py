@@ -1,0 +1,95 @@
+"""Which base model an adapter was trained on: recorded beside the adapter, checked before the adapter is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex.errors import UserError
+
+FILE = "base_model.json"
+# Config values that decide the shapes of the weights, where an architecture has them.
+SHAPING = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_embd",
+    "n_layer",
+    "n_head",
+)
+SAMPLED_TENSORS = 8
+SAMPLED_NUMBERS = 4096
+
+
+def describe_base(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """Return what identifies a base model: name, commit, shapes, size and a fingerprint of its weights.
+
+    Call it before adapters are added. `name` is the recipe's; the commit is known for models from the hub.
+    """
+    config = model.config.get_text_config()
+    return {
+        "name": name,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "shape": {key: getattr(config, key) for key in SHAPING if getattr(config, key, None) is not None},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "config_sha256": hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest(),
+        "norms": {key: round(norm, 6) for key, norm in _norms(model)},
+    }
+
+
+def write_base(folder: Path, description: dict[str, Any]) -> None:
+    """Write the description into an adapter folder."""
+    (folder / FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def check_base(model: PreTrainedModel, folder: Path) -> None:
+    """Compare a base model with the one that the adapter in `folder` was trained on.
+
+    Folders without a record (written by PEFT or by `save_pretrained`) pass; loading checks their shapes.
+    Weights that differ in value alone are a warning: an adapter may be tried on a sibling of its base on purpose.
+
+    Raises:
+        UserError: when the architectures differ.
+    """
+    try:
+        recorded = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        shape, norms, name = dict(recorded["shape"]), dict(recorded["norms"]), recorded["name"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / FILE} is damaged ({error}): train again, or delete it to go without") from error
+    config = model.config.get_text_config()
+    for key, value in shape.items():
+        if (now := getattr(config, key, None)) != value:
+            raise UserError(
+                f"the adapter in '{folder}' was trained on '{name}' with {key} {value}, "
+                f"this base model has {now}: use '{name}'"
+            )
+    for key, norm in _norms(model):
+        # Rounding weights to bfloat16 moves a norm by far less than this.
+        if key in norms and abs(norm - norms[key]) > 0.01 * max(abs(norms[key]), 1e-6):
+            warnings.warn(
+                f"the adapter in '{folder}' was trained on '{name}'; this base model has other weights ({key})",
+                stacklevel=2,
+            )
+            return
+
+
+def _norms(model: PreTrainedModel) -> Iterator[tuple[str, float]]:
+    """Yield (name, Euclidean norm of its first numbers) for a few parameters spread over the model."""
+    named: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if not p.is_meta and p.dim() > 1]
+    step = max(1, len(named) // SAMPLED_TENSORS)
+    for name, parameter in named[::step][:SAMPLED_TENSORS]:
+        yield name, float(torch.linalg.vector_norm(parameter.detach().flatten()[:SAMPLED_NUMBERS].float()))

@@ -1,0 +1,117 @@
+"""The pieces of a run, each usable alone: adapter config, rows, adapted model, trainer. `run.py` puts them together."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from loraplex.data import Example, Tokenized, read_examples, tokenize
+from loraplex.errors import UserError
+from loraplex.training.arguments import trainer_arguments
+from loraplex.training.documentation import adapter_keys
+from loraplex.training.recipe import Recipe
+from loraplex.training.trainer import FiniteWatch, RunTrainer, Sealing
+from loraplex.tuner.config import AdapterConfig
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, tokenized for training, as text for evaluation."""
+
+    train: Tokenized
+    validation: Tokenized | None
+    test: list[Example]
+
+
+def adapter_config(recipe: Recipe) -> AdapterConfig:
+    """Return the config of the recipe's adapter section; all linear layers and the recipe's seed where it is silent.
+
+    Raises:
+        UserError: for values and combinations that loraplex refuses.
+    """
+    return AdapterConfig(**_adapter_section(recipe), task_type="CAUSAL_LM")
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Return the recipe with every field of the adapter section spelled out."""
+    names = {key.path.removeprefix("adapter.") for key in adapter_keys()}
+    config = adapter_config(recipe)
+    written: dict[str, Any] = {}
+    for entry in fields(AdapterConfig):
+        if entry.name in names:
+            value = getattr(config, entry.name)
+            written[entry.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
+    # Still the recipe's own seed, so that --seed changes it in the resolved recipe too.
+    written["seed"] = recipe.adapter.get("seed")
+    return replace(recipe, adapter=written)
+
+
+def _adapter_section(recipe: Recipe) -> dict[str, Any]:
+    given = {name: value for name, value in recipe.adapter.items() if value is not None}
+    return {"target_modules": "all-linear", "seed": recipe.seed, **given}
+
+
+def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Return training, validation and test rows as the recipe says.
+
+    Raises:
+        UserError: for data that is missing, broken, empty or cut away entirely.
+    """
+    options = recipe.training
+    examples = read_examples(recipe.data, "train")
+    held_out: list[Example] = []
+    if options.validation_rows:
+        if options.validation_rows >= len(examples):
+            raise UserError(
+                f"training.validation_rows is {options.validation_rows} of {len(examples)} training rows: "
+                "none would be left to train on"
+            )
+        chosen = set(random.Random(recipe.data.seed).sample(range(len(examples)), options.validation_rows))
+        held_out = [example for index, example in enumerate(examples) if index in chosen]
+        examples = [example for index, example in enumerate(examples) if index not in chosen]
+    has_test = recipe.data.test is not None and recipe.evaluation.kind != "none"
+    return Rows(
+        train=tokenize(examples, tokenizer, options.max_length, options.loss_on),
+        validation=tokenize(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
+        test=read_examples(recipe.data, "test") if has_test else [],
+    )
+
+
+def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
+    """Return `base` with a fresh adapter; the same for the same seed, whatever was drawn before."""
+    set_seed(recipe.seed)
+    model = get_peft_model(base, adapter_config(recipe))
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def build_trainer(
+    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, checkpoints: Path
+) -> RunTrainer:
+    """Return the trainer of a recipe over a model with an adapter; checkpoints go to the folder `checkpoints`."""
+    return RunTrainer(
+        model=model,
+        args=trainer_arguments(recipe, checkpoints),
+        train_dataset=_dataset(rows.train),
+        eval_dataset=_dataset(rows.validation) if rows.validation else None,
+        processing_class=tokenizer,
+        callbacks=[FiniteWatch(), Sealing()],
+    )
+
+
+def _dataset(tokenized: Tokenized) -> Dataset:
+    """Return the rows with labels, as SFTTrainer takes them without touching them again."""
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for row in tokenized.rows:
+        columns["input_ids"].append(row["input_ids"])
+        labels = zip(row["input_ids"], row["completion_mask"], strict=True)
+        columns["labels"].append([token if learned else IGNORED for token, learned in labels])
+    return Dataset.from_dict(columns)

@@ -1,0 +1,265 @@
+"""One run from recipe to run folder: what `loraplex train` does, as a function."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraplex.training.folder import RunFolder, write_json
+from loraplex.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loraplex.allocation.plan import Plan
+    from loraplex.training.measuring import Measured
+    from loraplex.training.preparation import Rows
+    from loraplex.training.trainer import RunTrainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    adapter: Path
+    """Loads with `PeftModel.from_pretrained(base, adapter)`."""
+    metrics: dict[str, Any]
+    """What metrics.json holds."""
+
+
+@dataclass
+class _Run:
+    """A run in progress."""
+
+    recipe: Recipe
+    folder: RunFolder
+    say: Callable[[str, str], None]
+    progress: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str, str], None] = lambda topic, text: None,
+    progress: bool = False,
+) -> RunResult:
+    """Train as the recipe says and return what came out; everything is in the folder `recipe.output`.
+
+    `resume` goes on from the last whole checkpoint, to the bit-equal result of an uninterrupted run; `overwrite`
+    replaces an earlier run. `say` is told (topic, text) as the run proceeds, `progress` shows bars.
+
+    Raises:
+        UserError: for whatever the user can mend, before anything is lost.
+        TrainingInterrupted: on Ctrl-C, after the state of training has been saved.
+    """
+    # Usage statistics are the user's to give.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from loraplex.models.loading import load_model, load_tokenizer
+    from loraplex.training import preparation
+    from loraplex.training.arguments import trainer_arguments
+    from loraplex.training.base_model import describe_base
+    from loraplex.training.memory import start_peak
+
+    recipe = preparation.resolve(recipe)
+    run = _Run(recipe, RunFolder(recipe.output), say, progress)
+    run.folder.check(recipe, resume=resume, overwrite=overwrite)
+    # Names and values first: they cost nothing, the model does.
+    trainer_arguments(recipe, run.folder.checkpoints)
+    with run.timed("data"):
+        tokenizer = load_tokenizer(recipe.model.name)
+        rows = preparation.read_rows(recipe, tokenizer)
+    say("rows", _rows_line(rows))
+    with run.timed("loading"):
+        base = load_model(recipe.model.name, recipe.model.dtype)
+    identity = describe_base(base, recipe.model.name)
+    resident = start_peak()
+    model = preparation.add_adapter(recipe, base)
+    trainer = preparation.build_trainer(recipe, model, tokenizer, rows, run.folder.checkpoints)
+    run.folder.open(recipe, resume=resume)
+    parameters = _parameters(model)
+    say("adapter", "{sites} sites, {trainable:,} trainable parameters, {share:.2%} of the model".format(**parameters))
+    before = _measure_before(run, model, tokenizer, rows)
+    memory = {"resident_before_bytes": start_peak(), "resident_after_loading_bytes": resident}
+    trained = _fit(run, trainer, resume)
+    memory["peak_bytes"] = trained.pop("peak_bytes")
+    reloaded, reload = _save(run, model, rows, identity)
+    after = _measure(run, "after", reloaded, tokenizer, rows)
+    metrics = {
+        **trained,
+        "accuracy": {"before": before.summary if before else None, "after": after.summary if after else None},
+        "parameters": parameters,
+        "rows": _row_counts(rows),
+        "memory": memory,
+        "seconds": run.seconds,
+        "reload": reload,
+        "base_model": identity,
+    }
+    _write_reports(run, metrics)
+    return RunResult(run.folder.path, run.folder.adapter, metrics)
+
+
+def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
+    """Train and return the losses and the speed; stop where numbers or the user say so."""
+    from transformers import set_seed
+
+    from loraplex.training.memory import peak
+    from loraplex.training.report import split_history
+    from loraplex.training.trainer import Clock, DivergedError, Interruption, ProgressBar, TrainingInterrupted
+
+    checkpoint = run.folder.last_checkpoint() if resume else None
+    if checkpoint is not None and _is_last(checkpoint):
+        # Everything was trained; only what came after is missing. Retrace the last stretch instead.
+        checkpoint = run.folder.last_checkpoint(before_step=int(checkpoint.name.rpartition("-")[2]))
+    if resume:
+        run.say("resume", f"from {checkpoint}" if checkpoint else "no checkpoint was written yet, from the start")
+    interruption, clock = Interruption(), Clock()
+    for callback in (interruption, clock, *([ProgressBar()] if run.progress else [])):
+        trainer.add_callback(callback)
+    set_seed(run.recipe.seed)
+    try:
+        with run.timed("training"), interruption:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except DivergedError as error:
+        kept = run.folder.last_checkpoint()
+        where = f"the last good checkpoint is '{kept}'" if kept else "no checkpoint was due before"
+        raise DivergedError(f"{error}; {where}; lower training.learning_rate or look at the data") from error
+    state = trainer.state
+    if interruption.asked and state.global_step < state.max_steps:
+        raise TrainingInterrupted(
+            f"stopped after step {state.global_step} of {state.max_steps}, checkpoint saved; go on with --resume"
+        )
+    losses, validation = split_history(state.log_history)
+    best = state.best_model_checkpoint if run.recipe.training.load_best else None
+    step_seconds = sum(clock.seconds)
+    return {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "loss": losses,
+        "validation": validation,
+        "best_checkpoint": Path(best).name if best else None,
+        "speed": {
+            "steps": len(clock.seconds),
+            "tokens": trainer.tokens,
+            "tokens_per_second": round(trainer.tokens / step_seconds, 1),
+            "seconds_per_step": round(step_seconds / len(clock.seconds), 4),
+        },
+        "peak_bytes": peak(),
+    }
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"]) >= int(state["max_steps"])
+
+
+def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> tuple[PeftModel, dict[str, Any]]:
+    """Write plan and adapter and return the adapter as it was read back."""
+    from torch.nn import Module
+
+    from loraplex.models.loading import load_model
+    from loraplex.training.saving import save_checked
+
+    _plan(model).save(run.folder.plan)
+    token_ids = [row["input_ids"] for row in rows.train.rows]
+
+    def fresh_base() -> PreTrainedModel:
+        base = load_model(run.recipe.model.name, run.recipe.model.dtype)
+        Module.to(base, model.device)
+        return base
+
+    with run.timed("saving"):
+        reloaded, reload = save_checked(model, run.folder.adapter, token_ids, identity, fresh_base)
+    run.say(
+        "saved",
+        f"{run.folder.adapter}; reloaded by PEFT, {reload.rows} rows in {reload.dtype}: largest difference of a logit "
+        f"{reload.largest_difference:.2g} (logits up to {reload.largest_logit:.3g})",
+    )
+    return reloaded, asdict(reload)
+
+
+def _measure_before(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Measured | None:
+    if not run.recipe.evaluation.before:
+        return None
+    # The adapter is off, which is the base model bit for bit.
+    with model.disable_adapter():
+        return _measure(run, "before", model, tokenizer, rows)
+
+
+def _measure(run: _Run, when: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Measured | None:
+    """Measure on the test rows, keep every item in a file, and say the accuracy."""
+    if not rows.test:
+        return None
+    from loraplex.training.measuring import measure
+
+    with run.timed(f"evaluation_{when}"):
+        measured = measure(model, tokenizer, rows.test, run.recipe.evaluation, run.progress)
+    measured.write(run.folder.evaluation / f"{when}.jsonl")
+    run.say(when, str(measured))
+    return measured
+
+
+def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:
+    from loraplex.training.report import draw_loss, environment
+
+    write_json(run.folder.environment, environment())
+    if metrics["loss"]:
+        name = run.recipe.adapter["adapter"]
+        title = f"{name if isinstance(name, str) else json.dumps(name)} on {run.recipe.model.name}"
+        speed = metrics["speed"]
+        subtitle = f"{metrics['steps']} steps, {speed['tokens_per_second']:.0f} tokens/s"
+        draw_loss(run.folder.plot, metrics["loss"], metrics["validation"], title, subtitle)
+    # Last: a run with metrics is a finished run.
+    write_json(run.folder.metrics, metrics)
+
+
+def _plan(model: PeftModel) -> Plan:
+    """Return the ranks as they are now, closed ones not counted."""
+    from loraplex.allocation.plan import Plan
+    from loraplex.tuner.model import LoraplexTuner
+
+    assert isinstance(model.base_model, LoraplexTuner)
+    layers = model.base_model.site_layers()
+    return Plan({layer.site: layer.adapter(model.active_adapter).factors.open_ranks for layer in layers})
+
+
+def _parameters(model: PeftModel) -> dict[str, Any]:
+    trainable, total = model.get_nb_trainable_parameters()
+    return {"sites": len(_plan(model).adapted), "trainable": trainable, "total": total, "share": trainable / total}
+
+
+def _row_counts(rows: Rows) -> dict[str, int]:
+    return {
+        "train": len(rows.train.rows),
+        "truncated": rows.train.truncated,
+        "dropped": rows.train.dropped,
+        "validation": len(rows.validation.rows) if rows.validation else 0,
+        "test": len(rows.test),
+        "train_tokens": sum(len(row["input_ids"]) for row in rows.train.rows),
+    }
+
+
+def _rows_line(rows: Rows) -> str:
+    counts = _row_counts(rows)
+    words = {"truncated": "cut to length", "dropped": "dropped"}
+    cut = [f"{counts[key]} {word}" for key, word in words.items() if counts[key]]
+    losses = f" ({', '.join(cut)})" if cut else ""
+    return f"{counts['train']:,} to train on{losses}, {counts['test']:,} to test on"
