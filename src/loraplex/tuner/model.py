@@ -21,7 +21,6 @@ from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, resolved_targets
 
-
 RESERVED = frozenset(
     {
         *("", ADAPTERS, "factors", "combine", "gate", "dropout", "lora_A", "lora_B", "lora_magnitude_vector"),
