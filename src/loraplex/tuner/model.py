@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
 from loraplex.errors import UserError
-from loraplex.tuner import saving
+from loraplex.tuner import fused_head, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, resolved_targets
@@ -82,6 +82,14 @@ class LoraplexTuner(BaseTuner):
         if layer is not target:
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model; TRL's request for a fused head is answered by `fused_head` where it can be."""
+        if fused_head.enabled(kwargs):
+            output = fused_head.answer(self.model, args, kwargs)
+            if output is not None:
+                return output
+        return self.model(*args, **kwargs)
 
     def site_layers(self) -> Iterator[SiteLayer]:
         """Yield the layers that carry adapters, in the order of the base model's modules."""

@@ -1,0 +1,109 @@
+"""Attention over sequences laid end to end, never across a border and without work across borders.
+
+Registered with transformers under `PACKED_ATTENTION`, with a mask function, so every causal model that uses the
+attention interface takes it unpatched. Whatever is not packed (a padded batch, a cache, an encoder) goes to SDPA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from loraplex.errors import UserError
+
+PACKED_ATTENTION = "loraplex_packed"
+"""Name for `attn_implementation=`."""
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention output (batch, T, heads, d) and no weights, as transformers' attention functions do.
+
+    query (batch, heads, T, d), key and value (batch, key heads, T', d). The borders of packed sequences are read from
+    `cu_seq_lens_q`, or from `position_ids` that start again.
+
+    Raises:
+        UserError: for what it does not know how to compute: softcapped logits, attention sinks, and over packed
+            sequences a position bias or a sliding window that is shorter than the longest of them.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UserError(
+                f"{type(module).__name__} uses {name}, which packed attention does not compute: "
+                "turn padding_free off, or choose an attention implementation that has it"
+            )
+    lengths = None if attention_mask is not None else _lengths(query, key, kwargs)
+    if lengths is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return output, None
+    _refuse(module, max(lengths), kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # split, not slices: the backward pass of a split is one concatenation, that of every slice a full tensor of zeros
+    parts = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    ]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _lengths(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:
+    """Return the lengths of the packed sequences, None when there is at most one sequence per row."""
+    if query.shape[2] != key.shape[2]:
+        return None
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None:
+        positions = kwargs.get("position_ids")
+        if positions is None or positions.ndim != 2 or positions.shape[-1] != query.shape[2]:
+            return None
+        restarts = positions[:, 1:] != positions[:, :-1] + 1
+        if not restarts.any():
+            return None
+        if len(positions) > 1:
+            raise UserError("packed sequences must lie in one row: a batch of several rows has positions that restart")
+        starts = (restarts[0].nonzero().flatten() + 1).tolist()
+        ends = [*starts, query.shape[2]]
+        return [end - start for start, end in zip([0, *starts], ends, strict=True)]
+    lengths: list[int] = borders.diff().tolist()
+    return lengths if len(lengths) > 1 and query.shape[0] == 1 else None
+
+
+def _refuse(module: torch.nn.Module, longest: int, kwargs: dict[str, Any]) -> None:
+    window = kwargs.get("sliding_window")
+    if window is not None and window < longest:
+        raise UserError(
+            f"{type(module).__name__} has a sliding window of {window}, shorter than a packed sequence of {longest}: "
+            "turn padding_free off"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise UserError(f"{type(module).__name__} has a position bias: turn padding_free off")
+
+
+def _packed_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Return no mask where `packed_attention` finds the borders itself, SDPA's mask otherwise."""
+    special = kwargs.get("local_size") is not None or kwargs.get("use_vmap", False)
+    if attention_mask is None and not special and kwargs["q_length"] == kwargs["kv_length"]:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, _packed_mask)

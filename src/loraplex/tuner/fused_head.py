@@ -1,0 +1,90 @@
+"""Answers TRL's `fused_lm_head=True` with the head multiplied at labeled positions only.
+
+TRL's trainers put a fused head on the base model and read per-token fields of its output. Away from Triton devices it
+projects every position. Where it asks for what `label_log_probs` computes, the tuner's forward answers instead, with
+the same fields; in every other case TRL's own function runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.kernels.label_head import label_log_probs
+
+_FIELDS = {"log_probs", "entropy", "is_top1"}
+"""What SFTTrainer asks for. It uses the entropy as a metric; others differentiate it, so they get TRL's function."""
+
+_SETTINGS = {"temperature", "outputs", "cast_lm_head_to_fp32", "logit_scale", "final_logit_softcapping"} | {
+    "backbone_attr",
+    "text_config",
+}
+
+
+def answer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    """Return TRL's output for this call, or None when TRL's own function has to compute it.
+
+    `model` is the base model on which TRL has put its head.
+    """
+    settings = _settings(model)
+    labels = kwargs.get("labels")
+    if settings is None or labels is None or kwargs.get("shift_labels") is not None:
+        return None
+    if kwargs.get("output_router_logits") or getattr(settings["text_config"], "output_router_logits", False):
+        return None
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    rest = {
+        k: v for k, v in kwargs.items() if k not in ("labels", "shift_labels", "fused_lm_head", "num_items_in_batch")
+    }
+    backbone = getattr(model, settings["backbone_attr"])
+    hidden = backbone(*args, **{**rest, "use_cache": False}).last_hidden_state[:, :-1]
+    targets = labels[:, 1:].to(hidden.device)
+    mask = targets != -100
+    fields = label_log_probs(
+        hidden[mask].to(head.weight.dtype),
+        head.weight,
+        head.bias,
+        targets[mask],
+        settings["logit_scale"],
+        settings["final_logit_softcapping"],
+    )
+    return _output(mask, *fields, items=kwargs.get("num_items_in_batch"))
+
+
+def _settings(model: nn.Module) -> dict[str, Any] | None:
+    """Return what TRL's head was made with, None when it is not there or asks for more than we compute."""
+    function = getattr(model.forward, "__func__", None)
+    if not inspect.isfunction(function):
+        return None
+    # TRL's function keeps its settings in its closure
+    settings = dict(inspect.getclosurevars(function).nonlocals)
+    if not settings.keys() >= _SETTINGS:
+        return None
+    plain = settings["temperature"] == 1.0 and not settings["cast_lm_head_to_fp32"]
+    return settings if plain and set(settings["outputs"]) == _FIELDS else None
+
+
+def _output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items: Any) -> Any:
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    total = mask.sum().clamp(min=1) if items is None else items
+    return FusedCausalLMOutput(
+        loss=-log_probs.sum() / total,
+        log_probs=spread(log_probs),
+        entropy=spread(entropy),
+        is_top1=spread(top),
+        label_mask=mask,
+    )
+
+
+def enabled(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asks for the fused head at all."""
+    return bool(kwargs.get("fused_lm_head")) and not torch.compiler.is_compiling()

@@ -1,0 +1,84 @@
+"""The tuner's answer to TRL's fused head against TRL's own, field by field and gradient by gradient."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from loraplex import AdapterConfig
+from loraplex.tuner import fused_head
+
+SIZES = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SFT = ("log_probs", "entropy", "is_top1")
+
+
+def adapted(outputs=SFT, cohere=False, **head):
+    torch.manual_seed(0)
+    cls, config = (CohereForCausalLM, CohereConfig) if cohere else (LlamaForCausalLM, LlamaConfig)
+    extra = {"logit_scale": 0.25} if cohere else {}
+    base = cls(config(**SIZES, **extra))
+    model = get_peft_model(
+        base,
+        AdapterConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False, seed=1),
+    )
+    add_fused_lm_head(model.get_base_model(), outputs=outputs, **head)
+    return model
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(0, 60, (3, 8), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[1, 6:] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients(model, output):
+    model.zero_grad()
+    (-output.log_probs.sum() / output.label_mask.sum()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("cohere", [False, True], ids=["llama", "cohere-logit-scale"])
+def test_every_field_and_gradient_equals_trls_own(cohere, batch):
+    model = adapted(cohere=cohere)
+    assert fused_head._settings(model.get_base_model()) is not None
+    ours = model(**batch, fused_lm_head=True)
+    theirs = model.get_base_model()(**batch, fused_lm_head=True)
+    for field in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(ours, field), getattr(theirs, field), rtol=1e-5, atol=1e-6, msg=field)
+    mine, reference = gradients(model, ours), gradients(model, theirs)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_num_items_divides_the_loss(batch):
+    model = adapted()
+    ours = model(**batch, fused_lm_head=True, num_items_in_batch=torch.tensor(31))
+    theirs = model.get_base_model()(**batch, fused_lm_head=True, num_items_in_batch=torch.tensor(31))
+    torch.testing.assert_close(ours.loss, theirs.loss)
+
+
+@pytest.mark.parametrize(
+    "head", [{"outputs": ("log_probs",)}, {"temperature": 0.7}, {"cast_lm_head_to_fp32": True}], ids=str
+)
+def test_what_other_trainers_ask_for_is_left_to_trl(head, batch):
+    model = adapted(**head)
+    assert fused_head.answer(model.get_base_model(), (), {**batch, "fused_lm_head": True}) is None
+    assert model(**batch, fused_lm_head=True).log_probs.shape == (3, 7)
+
+
+def test_a_trainable_head_is_left_to_trl(batch):
+    model = adapted()
+    model.get_base_model().lm_head.weight.requires_grad_()
+    assert fused_head.answer(model.get_base_model(), (), {**batch, "fused_lm_head": True}) is None
+
+
+def test_a_batch_without_labels_trains_as_a_zero(batch):
+    model = adapted()
+    batch["labels"][:] = -100
+    output = model(**batch, fused_lm_head=True)
+    assert output.loss.item() == 0
+    output.log_probs.sum().backward()
