@@ -1,0 +1,68 @@
+"""`loraplex methods`: what it prints is what the registry holds."""
+
+import json
+from itertools import product
+from typing import Any
+
+import pytest
+
+from loraplex.adapters.registry import Adapter, Axis, Capability, Method, illegal
+from loraplex.cli.main import main
+from loraplex.cli.methods import describe
+from loraplex.methods import REGISTRY
+
+
+@pytest.fixture
+def description(capsys: pytest.CaptureFixture[str]) -> Any:
+    """What `loraplex methods --json` printed."""
+    assert main(["methods", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_every_method_and_preset(description: Any) -> None:
+    assert [entry["name"] for entry in description["adapters"]] == list(REGISTRY.presets)
+    assert list(description["axes"]) == [axis.value for axis in Axis]
+    for (axis, name), method in REGISTRY.methods.items():
+        entry = next(entry for entry in description["axes"][axis] if entry["name"] == name)
+        assert set(entry["needs"]) == {capability.value for capability in method.needs}
+        assert set(entry["provides"]) == {capability.value for capability in method.provides}
+
+
+def test_the_matrix_holds_every_pair_and_says_what_the_registry_says(description: Any) -> None:
+    pairs = list(product(REGISTRY.members(Axis.FACTORS), REGISTRY.members(Axis.COMBINE)))
+    assert len(description["matrix"]) == len(pairs)
+    for row, (factors, combine) in zip(description["matrix"], pairs, strict=True):
+        assert row["refused"] == illegal(factors, combine)
+        if row["refused"] is None:
+            adapter = Adapter(factors.options(), combine.options())
+            assert (row["saved_as"], row["mergeable"]) == (adapter.deployed.value, adapter.mergeable)
+            for other in REGISTRY.members(Axis.ALLOCATION):
+                assert row["allocation"][other.name] == illegal(factors, combine, other)
+
+
+def test_a_pair_that_is_refused_points_to_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Picky:
+        """Options of a method that needs what nobody offers."""
+
+    needs = frozenset({Capability.ROUTED})
+    picky = Method("picky", Axis.COMBINE, Picky, "only heads", "–", "0", needs=needs)
+    monkeypatch.setitem(REGISTRY.methods, (Axis.COMBINE, "picky"), picky)
+    lora = REGISTRY.get(Axis.FACTORS, "lora")
+    row = next(row for row in describe()["matrix"] if (row["factors"], row["combine"]) == ("lora", "picky"))
+    assert row["refused"] == illegal(lora, picky)
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert "no (1)" in printed
+    assert f"(1) {row['refused']}" in printed
+
+
+def test_the_tables_name_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    for method in REGISTRY.methods.values():
+        assert method.name in printed
+        assert method.summary in printed
+    for capability in Capability:
+        assert capability.value in printed
