@@ -7,7 +7,9 @@ Trainable parameters per site: out, beside those of the factors.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
+from loraplex.kernels.magnitude import magnitude_linear, row_norm, squared_row_norm
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,31 @@ class MagnitudeDirection(Combine):
 
     def __init__(self, site: SiteInit) -> None:
         super().__init__()
+        self._square = _SquareCache()
         # the name must contain "lora_magnitude_vector": TRL exempts it from its bfloat16 cast by name
-        shape = torch.ones(site.out_features)
+        start = torch.ones(site.out_features)
         if not site.meta:
-            shape = _norm(_square(site.weight().detach()))
+            square = squared_row_norm(site.weight().detach())
+            start = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
             if not site.identity:
-                shape = shape * (1 + torch.rand(shape.shape, generator=site.generator()).to(shape))
-        self.lora_magnitude_vector = nn.Parameter(shape)
+                start = start * (1 + torch.rand(start.shape, generator=site.generator()).to(start))
+        self.lora_magnitude_vector = nn.Parameter(start)
+
+    def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+        """Return (m/n) ⊙ (x W0ᵀ + (x Aᵀ) Bᵀ) + b (..., out); with dropout the sum that `delta` describes."""
+        if dropped is not x:
+            y0 = F.linear(x, weight, bias)
+            return (y0 + self.delta(x, dropped, y0, _Given(weight, bias), factors)).to(y0.dtype)
+        a, b = factors.parts()
+        m, n = self._magnitude_and_norm(weight, factors)
+        return magnitude_linear(x, weight, bias, a, b, factors.rank_scale(b.dtype), m, n)
 
     def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
         """Return Δy = (m/n − 1) ⊙ drop(x) W0ᵀ + (m/n) ⊙ (drop(x) Aᵀ) Bᵀ (..., out); the bias is not scaled."""
         a, b = factors.pair()
         weight = base.matrix()
-        ratio = self._ratio(weight, a, b, factors.gate)
+        m, n = self._magnitude_and_norm(weight, factors)
+        ratio = m / n
         if dropped is x:
             bias = base.bias()
             frozen = y0 if bias is None else y0 - bias
@@ -52,22 +67,57 @@ class MagnitudeDirection(Combine):
         low_rank = F.linear(F.linear(dropped.to(a.dtype), a), b)
         return (ratio - 1) * frozen.to(ratio.dtype) + ratio * low_rank
 
-    def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-        """Return (m/n) ⊙ (x W0ᵀ + (x Aᵀ) Bᵀ) + b (..., out), and with dropout what `delta` describes."""
-        y0 = F.linear(x, weight, bias)
-        return (y0 + self.delta(x, dropped, y0, _Given(weight, bias), factors)).to(y0.dtype)
-
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return (m/n) ⊙ (W0 + BA) − W0 (out, in)."""
         with torch.no_grad():
             a, b = factors.pair()
-            ratio = self._ratio(weight, a, b, factors.gate)[:, None]
+            m, n = self._magnitude_and_norm(weight, factors)
+            ratio = (m / n)[:, None]
             return (ratio - 1) * weight.to(ratio.dtype) + ratio * (b @ a)
 
-    def _ratio(self, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-        # with every rank closed the site is off, its magnitude included
-        ratio = self.lora_magnitude_vector / row_norm(weight, a, b)
-        return torch.where(gate.any(), ratio, torch.ones_like(ratio))
+    def _magnitude_and_norm(self, weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Return m and n (out,); both ones when every rank is closed: the site is off, its magnitude included."""
+        a, b = factors.pair()
+        m, n = self.lora_magnitude_vector, row_norm(weight, a, b, self._square.of(weight))
+        off = ~factors.gate.any()
+        return m.masked_fill(off, 1), n.masked_fill(off, 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._square.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class _SquareCache:
+    """‖W0‖² per row, kept as long as W0 is the same tensor with the same content.
+
+    Merging and unmerging move the weight to other memory, loading raises its version, a change of dtype or device
+    passes through `_apply`.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.owner: weakref.ref[Tensor] | None = None
+        self.state: tuple[int, int] = (0, 0)
+        self.square = torch.empty(0)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return ‖W0‖² (out,) of W0 (out, in), or of a transposed view of it."""
+        if torch.compiler.is_compiling():
+            return squared_row_norm(weight.detach())
+        owner = weight if weight._base is None else weight._base
+        state = (weight.data_ptr(), weight._version)
+        if self.owner is None or self.owner() is not owner or self.state != state:
+            self.square = squared_row_norm(weight.detach())
+            self.owner, self.state = weakref.ref(owner), state
+        return self.square
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SquareCache:
+        return _SquareCache()
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return (_SquareCache, ())
 
 
 @dataclass(frozen=True)
@@ -82,27 +132,6 @@ class _Given(BaseWeight):
 
     def bias(self) -> Tensor | None:
         return self.offset
-
-
-def row_norm(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return n = ‖W0 + BA‖ per row (out,) without forming BA, detached.
-
-    n² = ‖W0‖² + 2·rowsum((W0 Aᵀ) ⊙ B) + rowsum((B (A Aᵀ)) ⊙ B), in float32 at least and with autocast off, because
-    bfloat16 products leave a relative error of 2.5e-3; n² is clamped at the smallest normal number.
-    """
-    device = weight.device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        return _norm(_square(weight) + 2 * ((weight @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1))
-
-
-def _square(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
-
-
-def _norm(square: Tensor) -> Tensor:
-    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
 REGISTRY.add(

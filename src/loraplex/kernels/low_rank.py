@@ -22,15 +22,42 @@ def low_rank_linear(
     x (..., in) and `dropped`, the same after dropout or None where there is none; W0 (out, in), b (out,) or None;
     A (r, in), B (out, r), s (r,) the scale of every rank, without gradient.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        dropped = None if dropped is None else dropped.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
+    x, dropped, weight, bias = under_autocast(x, dropped, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, a, b, s)  # type: ignore[no-untyped-call]
     return y
+
+
+def under_autocast(
+    x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the tensors of a frozen linear in the dtype that autocast would give them, unchanged where it is off."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+        return x, dropped, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return (
+        x.to(dtype),
+        None if dropped is None else dropped.to(dtype),
+        weight.to(dtype),
+        (None if bias is None else bias.to(dtype)),
+    )
+
+
+def scaled_casts(a: Tensor, b: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return A and B diag(s) in the compute dtype; a rounded s would rescale everything, so it goes into B first."""
+    return a.to(dtype), (b * s).to(dtype)
+
+
+def backward_products(
+    dy: Tensor, rows: Tensor, low: Tensor, a: Tensor, b: Tensor, s: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d(low) (tokens, r), dA (r, in) and dB (out, r) for y = … + low (B diag(s))ᵀ, low = rows Aᵀ.
+
+    dy (tokens, out), rows (tokens, in); `b` is B diag(s); the gradients come in the dtypes of A and B.
+    """
+    dlow = dy @ b
+    return dlow, (dlow.T @ rows).to(dtypes[0]), (dy.T @ low).to(dtypes[1]).mul_(s)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -47,11 +74,9 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = rows if dropped is None else dropped.reshape(rows.shape)
-        # the scale goes into B before it is rounded: rounding s itself would rescale the whole adapter
-        a_cast, b_cast = a.to(rows.dtype), (b * s).to(rows.dtype)
+        a_cast, b_cast = scaled_casts(a, b, s, rows.dtype)
         low = F.linear(low_rows, a_cast)  # (tokens, r)
-        y = F.linear(rows, weight, bias)
-        y.addmm_(low, b_cast.T)
+        y = F.linear(rows, weight, bias).addmm_(low, b_cast.T)
         ctx.save_for_backward(low_rows, weight, a_cast, b_cast, s, low)
         ctx.shape, ctx.dtypes = x.shape, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -59,11 +84,9 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         low_rows, weight, a, b, s, low = ctx.saved_tensors
-        need_x, need_dropped, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        need_x, need_dropped, _, need_bias, *_ = ctx.needs_input_grad
         dy = upstream[0].reshape(-1, weight.shape[0])
-        dlow = dy @ b  # (tokens, r)
-        da = (dlow.T @ low_rows).to(ctx.dtypes[0]) if need_a else None
-        db = (dy.T @ low).to(ctx.dtypes[1]).mul_(s) if need_b else None
+        dlow, da, db = backward_products(dy, low_rows, low, a, b, s, ctx.dtypes)
         dx = ddropped = None
         if need_x:
             dx = dy @ weight

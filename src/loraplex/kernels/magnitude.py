@@ -1,0 +1,91 @@
+"""DoRA's linear in one autograd function: y = (m/n) ⊙ (x W0ᵀ + (x Aᵀ) (B diag(s))ᵀ) + b.
+
+n = ‖W0 + B diag(s) A‖ per row is a constant of the backward pass (arXiv 2402.09353, section 4.3), so
+dm = Σ dy ⊙ z / n with z the bracket, and everything below sees (m/n) ⊙ dy. BA is never formed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loraplex.kernels.low_rank import backward_products, scaled_casts, under_autocast
+
+_ROWS_AT_ONCE = 1 << 18
+"""Elements of W0 that are held in float32 at the same time: 1 MiB, which stays in the cache of a core."""
+
+
+def magnitude_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor, m: Tensor, n: Tensor
+) -> Tensor:
+    """Return y (..., out) for x (..., in), W0 (out, in), b, A (r, in), B (out, r), s (r,), m and n (out,)."""
+    x, _, weight, bias = under_autocast(x, None, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _MagnitudeLinear.apply(x, weight, bias, a, b, s, m, n)  # type: ignore[no-untyped-call]
+    return y
+
+
+def squared_row_norm(weight: Tensor) -> Tensor:
+    """Return ‖W0‖² per row (out,), in float32 at least."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.cat([part.to(dtype).square().sum(1) for part in _row_blocks(weight)])
+
+
+def row_norm(weight: Tensor, a: Tensor, b: Tensor, square: Tensor) -> Tensor:
+    """Return n = ‖W0 + BA‖ per row (out,) without forming BA, detached.
+
+    n² = ‖W0‖² + 2·rowsum((W0 Aᵀ) ⊙ B) + rowsum((B (A Aᵀ)) ⊙ B), in float32 at least and with autocast off, because
+    bfloat16 products leave a relative error of 2.5e-3; n² is clamped at the smallest normal number, because the sum
+    may cancel and a row of W0 may be zero. `square` is ‖W0‖² (out,); W0 is cast a few rows at a time.
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        dtype = square.dtype
+        a, b = a.to(dtype), b.to(dtype)
+        cross = torch.cat([part.to(dtype) @ a.T for part in _row_blocks(weight)])
+        inner = torch.addmm(cross.mul_(2), b, a @ a.T)
+        total: Tensor = square + torch.linalg.vecdot(inner, b)
+        return total.clamp_min(torch.finfo(dtype).tiny).sqrt()
+
+
+def _row_blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    if weight.dtype in (torch.float32, torch.float64):
+        return (weight,)
+    return torch.split(weight, max(1, _ROWS_AT_ONCE // weight.shape[1]))
+
+
+class _MagnitudeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        s: Tensor,
+        m: Tensor,
+        n: Tensor,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a_cast, b_cast = scaled_casts(a, b, s, rows.dtype)
+        low = F.linear(rows, a_cast)  # (tokens, r)
+        z = F.linear(rows, weight).addmm_(low, b_cast.T)  # (tokens, out)
+        ratio = (m / n).to(z.dtype)
+        y = z * ratio if bias is None else torch.addcmul(bias, z, ratio)
+        ctx.save_for_backward(rows, weight, a_cast, b_cast, s, low, z, ratio, n)
+        ctx.shape, ctx.dtypes, ctx.m_dtype = x.shape, (a.dtype, b.dtype), m.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, s, low, z, ratio, n = ctx.saved_tensors
+        need_x, _, need_bias, *_ = ctx.needs_input_grad
+        dy = upstream[0].reshape(-1, weight.shape[0])
+        dm = ((dy * z).sum(0, dtype=n.dtype) / n).to(ctx.m_dtype)
+        dz = dy * ratio
+        dlow, da, db = backward_products(dz, rows, low, a, b, s, ctx.dtypes)
+        dx = (dz @ weight).addmm_(dlow, a).view(ctx.shape) if need_x else None
+        return dx, None, dy.sum(0) if need_bias else None, da, db, None, dm, None
