@@ -17,8 +17,9 @@ from loraplex.training.base_model import write_base
 from loraplex.training.folder import fill_atomically
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains. The saved adapter is computed
-# by PEFT in another order of operations than by us; in bfloat16 one rounding is 2**-8.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+# by PEFT in another order of operations than by us; in bfloat16 one rounding is 2**-8, and 30 blocks of them made 2**-4.9
+# of an adapter that is equal to the last bit in float32.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 COMPARED_ROWS = 4
 
 
