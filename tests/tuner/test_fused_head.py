@@ -3,11 +3,22 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
-from loraplex import AdapterConfig
+from loraplex import AdapterConfig, UserError
+from loraplex.kernels.packed_attention import PACKED_ATTENTION
 from loraplex.tuner import fused_head
+from loraplex.tuner.packing import pack, unsupported
 
 SIZES = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SFT = ("log_probs", "entropy", "is_top1")
@@ -82,3 +93,56 @@ def test_a_batch_without_labels_trains_as_a_zero(batch):
     output = model(**batch, fused_lm_head=True)
     assert output.loss.item() == 0
     output.log_probs.sum().backward()
+
+
+@pytest.fixture
+def ragged(batch):
+    lengths = torch.tensor([8, 5, 3])
+    mask = (torch.arange(8) < lengths[:, None]).long()
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": mask}
+
+
+def test_a_padded_batch_is_packed_and_gives_the_same_fields_and_gradients(ragged):
+    model = adapted()
+    ours = model(**ragged, fused_lm_head=True)
+    assert model.config._attn_implementation == PACKED_ATTENTION
+    theirs = model.get_base_model()(**ragged, fused_lm_head=True)
+    for field in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(ours, field), getattr(theirs, field), rtol=1e-5, atol=1e-6, msg=field)
+    mine, reference = gradients(model, ours), gradients(model, theirs)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_packing_computes_no_padding(ragged):
+    model = adapted()
+    seen = []
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[:-1].numel())
+    )
+    model(**ragged, fused_lm_head=True)
+    model.peft_config["default"].padding_free = False
+    model(**ragged, fused_lm_head=True)
+    assert seen == [16, 24]
+
+
+def test_left_padding_is_left_alone_or_refused(ragged):
+    flipped = {name: tensor.flip(1) for name, tensor in ragged.items()}
+    flipped["labels"][:, 0] = -100
+    model = adapted()
+    assert pack(model.get_base_model(), {k: flipped[k] for k in ("input_ids", "attention_mask")}, "auto") is None
+    model.peft_config["default"].padding_free = True
+    with pytest.raises(UserError, match="padding_free is on, but the batch is padded on the left"):
+        model(**flipped, fused_lm_head=True)
+
+
+def test_models_that_cannot_be_packed_say_why():
+    window = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
+    assert "layers other than full attention" in unsupported(window)
+    encoder = BertForSequenceClassification(BertConfig(**SIZES))
+    assert "is not a causal language model" in unsupported(encoder)
+    eager = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
+    assert "packing needs 'sdpa'" in unsupported(eager)
+    assert unsupported(LlamaForCausalLM(LlamaConfig(**SIZES))) is None

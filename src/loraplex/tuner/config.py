@@ -60,6 +60,8 @@ class AdapterConfig(PeftConfig):
     """False starts away from the identity, for tests."""
     seed: int | None = field(default=None)
     """Seed of the initialization; drawn from torch's generator and kept when absent."""
+    padding_free: bool | Literal["auto"] = field(default="auto")
+    """Take the padding out of batches under SFTTrainer: False never, 'auto' where the model allows, True or refuse."""
     allocation: str = field(default="uniform")
     """Where the ranks go."""
     objective: str = field(default="plain")
@@ -87,6 +89,8 @@ class AdapterConfig(PeftConfig):
         self.finished_ranks: dict[str, int] | None = None
         # closed gates that are not finished yet: a checkpoint must carry them
         self.live = False
+        # a site stores its weight as (in, out), GPT-2's Conv1D: PEFT's config says so
+        self.transposed = False
 
     def _check_values(self) -> None:
         check_rank("the adapter (r)", self.r)
@@ -99,6 +103,8 @@ class AdapterConfig(PeftConfig):
             raise UserError(f"lora_dropout is {self.lora_dropout!r}: give a number from 0 to below 1")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"bias is {self.bias!r}: choose 'none', 'all' or 'lora_only'")
+        if self.padding_free not in (True, False, "auto"):
+            raise UserError(f"padding_free is {self.padding_free!r}: choose true, false or 'auto'")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern is given without layers_to_transform: give both or neither")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -124,6 +130,9 @@ class AdapterConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json: PEFT's own LoRA config where the adapter is exactly that, ours otherwise."""
+        if self.modules_to_save:
+            # PEFT adds the classification heads at every load
+            self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
         if self.deployed is Deployed.OWN:
             super().save_pretrained(save_directory, **kwargs)
         else:

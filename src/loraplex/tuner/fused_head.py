@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.kernels.label_head import label_log_probs
+from loraplex.tuner.packing import pack
 
 _FIELDS = {"log_probs", "entropy", "is_top1"}
 """What SFTTrainer asks for. It uses the entropy as a metric; others differentiate it, so they get TRL's function."""
+
+_OF_THE_HEAD = {"labels", "shift_labels", "fused_lm_head", "num_items_in_batch"}
+"""Arguments that the backbone does not get."""
 
 _SETTINGS = {"temperature", "outputs", "cast_lm_head_to_fp32", "logit_scale", "final_logit_softcapping"} | {
     "backbone_attr",
@@ -24,10 +28,15 @@ _SETTINGS = {"temperature", "outputs", "cast_lm_head_to_fp32", "logit_scale", "f
 }
 
 
-def answer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+def answer(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], padding_free: bool | str = False
+) -> Any | None:
     """Return TRL's output for this call, or None when TRL's own function has to compute it.
 
-    `model` is the base model on which TRL has put its head.
+    `model` is the base model on which TRL has put its head; `padding_free` is as in `AdapterConfig`.
+
+    Raises:
+        UserError: when `padding_free` is True and the batch cannot be packed.
     """
     settings = _settings(model)
     labels = kwargs.get("labels")
@@ -38,15 +47,15 @@ def answer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     head = model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
         return None
-    rest = {
-        k: v for k, v in kwargs.items() if k not in ("labels", "shift_labels", "fused_lm_head", "num_items_in_batch")
-    }
     backbone = getattr(model, settings["backbone_attr"])
-    hidden = backbone(*args, **{**rest, "use_cache": False}).last_hidden_state[:, :-1]
+    inputs = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD}
+    batch = None if args else pack(model, inputs, padding_free)
+    hidden = backbone(*args, **(batch.inputs if batch else inputs) | {"use_cache": False}).last_hidden_state
     targets = labels[:, 1:].to(hidden.device)
     mask = targets != -100
+    rows = hidden[0, batch.place[:, :-1][mask]] if batch else hidden[:, :-1][mask]
     fields = label_log_probs(
-        hidden[mask].to(head.weight.dtype),
+        rows.to(head.weight.dtype),
         head.weight,
         head.bias,
         targets[mask],

@@ -20,6 +20,7 @@ from loraplex.tuner import fused_head, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, resolved_targets
+from loraplex.tuner.undo import all_or_nothing
 
 RESERVED = frozenset(
     {
@@ -46,6 +47,11 @@ class LoraplexTuner(BaseTuner):
         config.target_modules = resolved_targets(model, config)
         if config.seed is None:
             config.seed = int(torch.randint(2**62, ()).item())
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as PEFT does; when that fails the model is as it was before."""
+        with all_or_nothing(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -75,6 +81,7 @@ class LoraplexTuner(BaseTuner):
                     f"target {current_key} is a {type(target).__name__}: loraplex adapts Linear and Conv1D modules only"
                 )
             layer = SiteLayer(target, current_key)
+        peft_config.transposed |= layer.frozen.transposed
         layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if adapter_name not in self.active_adapters:
@@ -86,7 +93,9 @@ class LoraplexTuner(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model; TRL's request for a fused head is answered by `fused_head` where it can be."""
         if fused_head.enabled(kwargs):
-            output = fused_head.answer(self.model, args, kwargs)
+            config = next(iter(self.peft_config.values()))
+            assert isinstance(config, AdapterConfig)
+            output = fused_head.answer(self.model, args, kwargs, config.padding_free)
             if output is not None:
                 return output
         return self.model(*args, **kwargs)
@@ -199,14 +208,21 @@ class LoraplexTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, AdapterConfig)
         tensors = saving.file_tensors(saving.of_adapter(state_dict, adapter_name), config, adapter_name, model)
-        tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        # those of modules_to_save are written with their modules
+        tensors.update({key: value for key, value in biases.items() if ".modules_to_save." not in key})
         return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return saving.model_tensors(model, adapter_name, state_dict)
+        assert isinstance(config, AdapterConfig)
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        tensors = saving.model_tensors(model, adapter_name, state_dict, biases)
+        # the file decides whether ranks are closed; what had been finished before is overwritten
+        config.live, config.finished_ranks = not saving.gates_are_open(tensors), None
+        return tensors
 
 
 def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig) -> SiteAdapter:
