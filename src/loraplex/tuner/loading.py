@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
 from loraplex.errors import UserError
+from loraplex.tuner.adapter_folder import check_weights, local_folder, read_config
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.matching import existing_targets
 from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.undo import all_or_nothing
+
+_HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def load_adapter(
-    model: nn.Module, path: str, name: str = "default", *, is_trainable: bool = False, **kwargs: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    is_trainable: bool = False,
+    allow_nonfinite: bool = False,
+    **kwargs: Any,
 ) -> PeftModel:
     """Load the adapter in `path` (a folder or hub id) under `name` and return the PEFT model that carries it.
 
     `model` is a base model, or a model that carries loraplex adapters already; then the adapter is added beside them
-    and the active one stays active. `kwargs` go to PEFT's loader (revision, token, …).
+    and the active one stays active. `kwargs` go to the hub (revision, token, …) and to PEFT's loader
+    (low_cpu_mem_usage, autocast_adapter_dtype, …). When loading fails the model is as it was before.
 
     Raises:
-        UserError: when the adapter uses what loraplex does not represent, when a tensor is missing, not expected or
-            does not fit, or when the model carries adapters of PEFT's own tuner.
+        UserError: when the folder is not whole, the adapter uses what loraplex does not represent, a tensor is
+            missing, not expected, of another shape or (without `allow_nonfinite`) not finite, or when the model
+            carries adapters of PEFT's own tuner.
     """
-    config = PeftConfig.from_pretrained(path, **kwargs)
-    if isinstance(config, LoraConfig):
-        config = AdapterConfig.from_peft(config)
-    if not isinstance(config, AdapterConfig):
-        raise UserError(f"{path} is a {config.peft_type} adapter: loraplex loads its own and PEFT's LORA")
+    if isinstance(model, PeftModel) and not isinstance(model.base_model, LoraplexTuner):
+        raise UserError("the model carries adapters of PEFT's own tuner: load those through loraplex.load_adapter too")
+    folder = local_folder(os.fspath(path), **{key: kwargs.pop(key) for key in _HUB if key in kwargs})
+    config = read_config(folder)
+    check_weights(folder, allow_nonfinite=allow_nonfinite)
     config.inference_mode = not is_trainable
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config.target_modules = existing_targets(base, config)
+    with all_or_nothing(model):
+        try:
+            return _load(model, str(folder), name, config, is_trainable, kwargs)
+        except KeyError as error:
+            # PEFT looks up modules_to_save and trainable tokens without checking
+            raise UserError(f"the adapter file in {folder} lacks a tensor: {error.args[0]}") from None
+
+
+def _load(
+    model: nn.Module, folder: str, name: str, config: AdapterConfig, is_trainable: bool, kwargs: dict[str, Any]
+) -> PeftModel:
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(
-            model, path, adapter_name=name, is_trainable=is_trainable, config=config, **kwargs
+            model, folder, adapter_name=name, is_trainable=is_trainable, config=config, **kwargs
         )
-    if not isinstance(model.base_model, LoraplexTuner):
-        raise UserError("the model carries adapters of PEFT's own tuner: load those through loraplex.load_adapter too")
-    model.add_adapter(name, config)
-    model.load_adapter(path, name, is_trainable=is_trainable, **kwargs)
+    options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "autocast_adapter_dtype") if key in kwargs}
+    model.add_adapter(name, config, **options)
+    if is_trainable:
+        model.set_requires_grad(name)
+    training = model.training
+    model.load_adapter(folder, name, is_trainable=is_trainable, **kwargs)
+    # PEFT switches to evaluation for an adapter that is not trainable, also under one that is being trained
+    model.train(training)
     return model

@@ -77,6 +77,20 @@ def resolved_targets(model: nn.Module, config: AdapterConfig) -> Any:
     return targets
 
 
+def existing_targets(model: nn.Module, config: AdapterConfig) -> Any:
+    """Return target_modules without names that `model` does not have; all of them when it has none.
+
+    For adapters that come from elsewhere, whose lists often name the modules of several architectures: what is really
+    adapted is checked by the tensors of the file.
+    """
+    targets = config.target_modules
+    if not isinstance(targets, (set, list, tuple)):
+        return targets
+    names = [name for name, _ in _own_modules(model)]
+    found = {target for target in targets if any(name == target or name.endswith(f".{target}") for name in names)}
+    return found or targets
+
+
 def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
     """Return what 'all-linear' leaves out, as in PEFT: the output embedding, or a classification head."""
     if not isinstance(model, PreTrainedModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import LoraConfig
 
@@ -34,9 +34,12 @@ _SAME = (
 
 _HARMLESS = {
     *("peft_type", "peft_version", "lora_alpha", "init_lora_weights", "runtime_config", "megatron_core", "use_dora"),
-    *("loftq_config", "ensure_weight_tying", "qalora_group_size"),
+    *("fan_in_fan_out", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
 """LoraConfig fields that do not change what a finished adapter computes, or that are translated by hand."""
+
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the frozen weights alone; under the others A and B belong to changed ones."""
 
 
 def to_lora_config(config: AdapterConfig) -> LoraConfig:
@@ -46,7 +49,7 @@ def to_lora_config(config: AdapterConfig) -> LoraConfig:
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
     for options in (adapter.factors, adapter.combine):
         values.update({name: getattr(options, name) for name in _shared_options(type(options))})
-    values.update(lora_alpha=config.alpha, use_dora=config.deployed is Deployed.DORA)
+    values.update(lora_alpha=config.alpha, use_dora=config.deployed is Deployed.DORA, fan_in_fan_out=config.transposed)
     if config.finished_ranks is not None:
         ranks = {site: rank for site, rank in config.finished_ranks.items() if rank > 0}
         exact = {f"^{re.escape(site)}": rank for site, rank in ranks.items()}
@@ -90,12 +93,16 @@ def _shared_options(options: type) -> list[str]:
 
 
 def _refuse_other_fields(lora: LoraConfig, understood: set[str]) -> None:
+    if lora.init_lora_weights not in _PLAIN_INITIALIZATIONS:
+        _refuse("init_lora_weights", lora.init_lora_weights)
     for entry in fields(LoraConfig):
         if entry.name in _SAME or entry.name in _HARMLESS or entry.name in understood:
             continue
         default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         value = getattr(lora, entry.name)
         if value != default and bool(value) != bool(default):
-            raise UserError(
-                f"this LoRA adapter uses {entry.name}={value!r}, which loraplex does not represent: load it with peft"
-            )
+            _refuse(entry.name, value)
+
+
+def _refuse(name: str, value: Any) -> NoReturn:
+    raise UserError(f"this LoRA adapter uses {name}={value!r}, which loraplex does not represent: load it with peft")

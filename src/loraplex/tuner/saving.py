@@ -7,7 +7,7 @@ by the file itself.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,13 @@ def _scales(model: nn.Module, adapter_name: str) -> dict[str, float]:
     }
 
 
-def model_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_tensors(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], biases: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Return a file's tensors under the model's keys, every key checked both ways.
 
-    Gates that the file does not hold are opened: they may have been closed since.
+    Gates that the file does not hold are opened: they may have been closed since. `biases` are the model's keys of
+    the biases that the file must hold too.
 
     Raises:
         UserError: for a tensor that is missing, not expected, or of another shape than the model's.
@@ -102,24 +105,34 @@ def model_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor
             translated[_PREFIX + file_key] = key
     loaded: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        name = translated.get(key, key)
+        # stock PEFT writes the biases of modules_to_save a second time (bias='all')
+        name = translated.get(key, key.replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias"))
         if name not in ours and name.removeprefix(_PREFIX) not in ours:
             raise UserError(f"the adapter file holds '{key}', which this model and config do not have")
         loaded[name] = value
     for key, value in adapter.items():
         if key not in loaded and key.endswith(f".{_GATE}"):
             loaded[key] = torch.ones_like(value)
-    _check_complete(adapter, loaded)
+    expected = {**adapter, **{key: ours[key] for key in biases if f".modules_to_save.{adapter_name}." not in key}}
+    _check_complete(expected, loaded, ours)
     return loaded
 
 
-def _check_complete(adapter: dict[str, Any], loaded: dict[str, Tensor]) -> None:
-    missing = [key for key in adapter if key not in loaded]
+def _check_complete(expected: dict[str, Tensor], loaded: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    missing = [key for key in expected if key not in loaded and _PREFIX + key not in loaded]
     if missing:
-        raise UserError(f"the adapter file lacks {len(missing)} of {len(adapter)} tensors, the first is '{missing[0]}'")
-    for key, value in adapter.items():
-        if value.shape != loaded[key].shape:
+        raise UserError(
+            f"the adapter file lacks {len(missing)} of {len(expected)} tensors, the first is '{missing[0]}'"
+        )
+    for key, value in loaded.items():
+        own = ours[key if key in ours else key.removeprefix(_PREFIX)]
+        if value.shape != own.shape:
             raise UserError(
-                f"'{key}' is {tuple(loaded[key].shape)} in the file and {tuple(value.shape)} in the model: "
+                f"'{key}' is {tuple(value.shape)} in the file and {tuple(own.shape)} in the model: "
                 "the adapter belongs to another base model or configuration"
             )
+
+
+def gates_are_open(tensors: dict[str, Tensor]) -> bool:
+    """Whether every rank gate among a model's tensors is open."""
+    return all(bool(value.all()) for key, value in tensors.items() if key.endswith(f".{_GATE}"))
