@@ -86,7 +86,7 @@ def read_json(path: Path, name: str) -> Iterator[Row]:
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _row(line, f"{name}:{number}")
+                    yield _row(line.strip(), f"{name}:{number}")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text ({error.reason}); convert it") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
