@@ -20,6 +20,8 @@ def test_the_public_names() -> None:
         "UserError",
         "__version__",
         "load_adapter",
+        "load_model",
+        "load_tokenizer",
     ]
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from loraplex.adapters.magnitude import Magnitude as Magnitude
     from loraplex.adapters.registry import Adapter as Adapter
     from loraplex.errors import UserError as UserError
+    from loraplex.models.loading import load_model as load_model
+    from loraplex.models.loading import load_tokenizer as load_tokenizer
     from loraplex.tuner.config import AdapterConfig as AdapterConfig
     from loraplex.tuner.loading import load_adapter as load_adapter
 
@@ -30,9 +32,22 @@ _HOMES = {
     "Magnitude": "loraplex.adapters.magnitude",
     "UserError": "loraplex.errors",
     "load_adapter": "loraplex.tuner.loading",
+    "load_model": "loraplex.models.loading",
+    "load_tokenizer": "loraplex.models.loading",
 }
 
-__all__ = ["Adapter", "AdapterConfig", "Add", "LoRA", "Magnitude", "UserError", "__version__", "load_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Add",
+    "LoRA",
+    "Magnitude",
+    "UserError",
+    "__version__",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+]
 
 peft_import.install()
 
