@@ -159,7 +159,9 @@ def test_initializations_that_leave_the_frozen_weights_alone_are_read(method, tm
 
 def test_names_that_the_model_does_not_have_beside_ones_it_has_do_not_matter(tmp_path):
     """Stock adapters often list targets for many architectures; every tensor of the file is checked anyhow."""
-    model = move(get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "c_attn", "query"])))
+    patterns = {"rank_pattern": {"c_attn": 2, "q_proj": 3}, "alpha_pattern": {"v_proj": 2}}
+    names = {"target_modules": ["q_proj", "c_attn", "query"], "exclude_modules": ["vision"]}
+    model = move(get_peft_model(build("llama"), LoraConfig(r=4, **names, **patterns)))
     model.eval().save_pretrained(tmp_path)
     again = loraplex.load_adapter(build("llama"), str(tmp_path))
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -92,12 +94,24 @@ class AdapterConfig(PeftConfig):
         # a site stores its weight as (in, out), GPT-2's Conv1D: PEFT's config says so
         self.transposed = False
 
+    def _check_expressions(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_expression(name, value)
+            elif value is not None and not (isinstance(value, set) and all(isinstance(part, str) for part in value)):
+                raise UserError(f"{name} is {value!r}: give a list of module names or one regular expression")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                _check_expression(name, pattern)
+
     def _check_values(self) -> None:
+        self._check_expressions()
         check_rank("the adapter (r)", self.r)
         for pattern, rank in self.rank_pattern.items():
             check_rank(f"'{pattern}' (rank_pattern)", rank)
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
                 raise UserError(f"alpha of '{name}' is {alpha!r}: give a number above 0")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}: give a number from 0 to below 1")
@@ -160,6 +174,13 @@ class AdapterConfig(PeftConfig):
         known = {entry.name for entry in fields(cls)}
         refuse_unknown(kwargs, known)
         return kwargs
+
+
+def _check_expression(field_name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise UserError(f"{field_name}: '{expression}' is not a regular expression ({error})") from None
 
 
 def refuse_unknown(keys: Iterable[str], known: set[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.contracts import BaseWeight, SiteAdapter
@@ -54,7 +55,8 @@ class FrozenLinear(BaseWeight):
 
 def features(module: nn.Module) -> tuple[int, int] | None:
     """Return (in, out) of a linear map that can be a site, None for any other module."""
-    if isinstance(module, nn.Linear):
+    # torch's MultiheadAttention reads the weight of its out_proj without calling it
+    if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return module.nx, module.nf

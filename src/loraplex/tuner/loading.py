@@ -11,7 +11,7 @@ from torch import nn
 from loraplex.errors import UserError
 from loraplex.tuner.adapter_folder import check_weights, local_folder, read_config
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.matching import existing_targets
+from loraplex.tuner.matching import without_absent_names
 from loraplex.tuner.model import LoraplexTuner
 from loraplex.tuner.undo import all_or_nothing
 
@@ -41,11 +41,10 @@ def load_adapter(
     if isinstance(model, PeftModel) and not isinstance(model.base_model, LoraplexTuner):
         raise UserError("the model carries adapters of PEFT's own tuner: load those through loraplex.load_adapter too")
     folder = local_folder(os.fspath(path), **{key: kwargs.pop(key) for key in _HUB if key in kwargs})
-    config = read_config(folder)
-    check_weights(folder, allow_nonfinite=allow_nonfinite)
-    config.inference_mode = not is_trainable
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config.target_modules = existing_targets(base, config)
+    config = without_absent_names(base, read_config(folder))
+    config.inference_mode = not is_trainable
+    check_weights(folder, allow_nonfinite=allow_nonfinite)
     with all_or_nothing(model):
         try:
             return _load(model, str(folder), name, config, is_trainable, kwargs)

@@ -24,6 +24,8 @@ from loraplex.errors import UserError, nearest
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import features
 
+_TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
 
 def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
     """Return the sites that `config` adapts in `model`, in the order of its modules.
@@ -31,8 +33,8 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
     The model may carry adapters already; the config is not changed.
 
     Raises:
-        UserError: when a target, a rank pattern or an alpha pattern matches nothing (the nearest module names are
-            given), when a target is not a linear map, or when a rank is larger than its site allows.
+        UserError: when a name, pattern or layer index matches nothing (the nearest names are given), when a target is
+            not a linear map, or when a rank is larger than its site allows.
     """
     config = copy(config)
     config.target_modules = resolved_targets(model, config)
@@ -48,6 +50,7 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
         sites.append(Site(name, *shape, bias=getattr(frozen, "bias", None) is not None))
     _check_targets(model, config, sites, refused)
     _check_patterns(config, sites)
+    _check_other_names(model, config)
     for site in sites:
         limit = config.typed_adapter.factors.largest_rank(site.in_features, site.out_features)
         check_rank(site.name, config.rank_of(site.name), limit)
@@ -77,18 +80,34 @@ def resolved_targets(model: nn.Module, config: AdapterConfig) -> Any:
     return targets
 
 
-def existing_targets(model: nn.Module, config: AdapterConfig) -> Any:
-    """Return target_modules without names that `model` does not have; all of them when it has none.
+def without_absent_names(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """Return a copy of `config` without names and patterns that match nothing in `model`.
 
-    For adapters that come from elsewhere, whose lists often name the modules of several architectures: what is really
-    adapted is checked by the tensors of the file.
+    For adapters that come from elsewhere: their lists often name the modules of several architectures, and what is
+    really adapted is checked by the tensors of the file. Targets that all match nothing stay, to be reported.
     """
-    targets = config.target_modules
-    if not isinstance(targets, (set, list, tuple)):
-        return targets
+    config = copy(config)
     names = [name for name, _ in _own_modules(model)]
-    found = {target for target in targets if any(name == target or name.endswith(f".{target}") for name in names)}
-    return found or targets
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        listed = getattr(config, field)
+        if isinstance(listed, (set, list)):
+            found = type(listed)(name for name in listed if _is_listed(names, name))
+            setattr(config, field, found or (listed if field == "target_modules" else None))
+    if config.target_modules is not None and config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        names = [name for name in names if name and _matches(config, name)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field).items()
+        setattr(config, field, {p: value for p, value in patterns if any(_pattern_matches(p, n) for n in names)})
+    return config
+
+
+def _is_listed(names: Iterable[str], suffix: str) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+
+
+def _pattern_matches(pattern: str, name: str) -> bool:
+    # as PEFT reads the keys of rank_pattern and alpha_pattern
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
@@ -125,9 +144,9 @@ def _check_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], r
     linear = [name for name, module in _own_modules(model) if features(_frozen(module)) is not None]
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
     if isinstance(config.target_modules, (set, list, tuple)):
+        names = [name for name, _ in _own_modules(model)]
         for target in sorted(config.target_modules):
-            names = {name for name, _ in _own_modules(model)}
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if not _is_listed(names, target):
                 raise UserError(
                     f"Target modules: '{target}' not found in the base model; its linear modules are "
                     f"{', '.join(kinds)}.{nearest(target, kinds + linear)}"
@@ -146,6 +165,24 @@ def _frozen(module: nn.Module) -> nn.Module:
 def _check_patterns(config: AdapterConfig, sites: list[Site]) -> None:
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", site.name) for site in sites):
+            if not any(_pattern_matches(pattern, site.name) for site in sites):
                 hint = nearest(pattern, [site.kind for site in sites] + [site.name for site in sites])
                 raise UserError(f"{field} '{pattern}' matches no adapted module.{hint}")
+
+
+def _check_other_names(model: nn.Module, config: AdapterConfig) -> None:
+    names = [name for name, _ in _own_modules(model)]
+    # PEFT adds the usual names of heads to every config of these tasks
+    usual = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"} if config.task_type in _TASKS_WITH_HEADS else set()
+    for field in ("exclude_modules", "modules_to_save"):
+        listed = getattr(config, field)
+        for name in sorted(listed) if isinstance(listed, (set, list)) else ():
+            if name not in usual and not _is_listed(names, name):
+                hint = nearest(name, {part for full in names for part in (full, full.rsplit(".", 1)[-1])})
+                raise UserError(f"{field} '{name}' matches no module.{hint}")
+    indices = config.layers_to_transform
+    for index in [indices] if isinstance(indices, int) else indices or ():
+        single = copy(config)
+        single.layers_to_transform = index
+        if not any(_matches(single, name) for name in names if name):
+            raise UserError(f"layers_to_transform {index} matches no adapted module: the model has fewer layers")
