@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loraplex.errors import UserError
+from loraplex.kernels.sequence_attention import LONGEST, sequence_attention
 
 PACKED_ATTENTION = "loraplex_packed"
 """Name for `attn_implementation=`."""
@@ -55,6 +56,9 @@ def packed_attention(
         return output, None
     _refuse(module, max(lengths), kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and not dropout and query.device.type == "cpu" and max(lengths) <= LONGEST:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return sequence_attention(query, key, value, lengths, scale), None
     # split, not slices: the backward pass of a split is one concatenation, that of every slice a full tensor of zeros
     parts = [
         F.scaled_dot_product_attention(
