@@ -89,6 +89,8 @@ class AdapterConfig(PeftConfig):
         self._check_values()
         # ranks by full site name once an allocation has finished; see `finish`
         self.finished_ranks: dict[str, int] | None = None
+        # names of all modules of the base model, kept from then on
+        self.other_modules: list[str] = []
         # closed gates that are not finished yet: a checkpoint must carry them
         self.live = False
         # a site stores its weight as (in, out), GPT-2's Conv1D: PEFT's config says so

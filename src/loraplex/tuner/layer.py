@@ -135,20 +135,29 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraplex_adapters]
         if not names:
             return
+        if safe_merge:
+            self.check_merge(names)
         weight = self.frozen.parameter()
-        kept = weight.data if self._kept_weight is None else self._kept_weight
-        w0 = kept.T if self.frozen.transposed else kept
-        merged = w0
-        for name in [*self.merged_adapters, *names]:
-            merged = merged + self.adapter(name).delta_weight(w0)
-        if safe_merge and not torch.isfinite(merged).all():
+        merged = self._merged_weight(names)
+        self._kept_weight = self._stored_w0()
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise a UserError when merging the active (or the named) adapters would give NaN or infinity."""
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in chosen if n in self.loraplex_adapters and n not in self.merged_adapters]
+        if names and not torch.isfinite(self._merged_weight(names)).all():
             raise UserError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken at {self.site}"
             )
-        merged = (merged.T if self.frozen.transposed else merged).to(weight.dtype).contiguous()
-        self._kept_weight = kept
-        weight.data = merged
-        self.merged_adapters.extend(names)
+
+    def _merged_weight(self, names: Sequence[str]) -> Tensor:
+        """Return the base weight with these adapters besides the merged ones, in its own layout and dtype."""
+        merged = w0 = self._w0()
+        for name in [*self.merged_adapters, *names]:
+            merged = merged + self.adapter(name).delta_weight(w0)
+        return (merged.T if self.frozen.transposed else merged).to(self.frozen.parameter().dtype).contiguous()
 
     def unmerge(self) -> None:
         """Put W0 back, exact to the bit."""
@@ -156,8 +165,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
             return
         assert self._kept_weight is not None
-        weight = self.frozen.parameter()
-        weight.data = self._kept_weight.to(device=weight.device, dtype=weight.dtype)
+        self.frozen.parameter().data = self._stored_w0()
         self._kept_weight = None
         self.merged_adapters.clear()
 
@@ -168,8 +176,14 @@ class SiteLayer(nn.Module, BaseTunerLayer):
 
     def _w0(self) -> Tensor:
         if self._kept_weight is None:
-            return self.frozen.matrix()
-        return self._kept_weight.T if self.frozen.transposed else self._kept_weight
+            return self.frozen.matrix().detach()
+        kept = self._stored_w0()
+        return kept.T if self.frozen.transposed else kept
+
+    def _stored_w0(self) -> Tensor:
+        """Return W0 as the base stores it, where the base weight is now: the model may have moved while merged."""
+        weight = self.frozen.parameter().data
+        return weight if self._kept_weight is None else self._kept_weight.to(weight.device, weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT that ΔW of this site can be computed."""

@@ -87,7 +87,7 @@ def without_absent_names(model: nn.Module, config: AdapterConfig) -> AdapterConf
     really adapted is checked by the tensors of the file. Targets that all match nothing stay, to be reported.
     """
     config = copy(config)
-    names = [name for name, _ in _own_modules(model)]
+    names = module_names(model)
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         listed = getattr(config, field)
         if isinstance(listed, (set, list)):
@@ -121,6 +121,11 @@ def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
     return head
 
 
+def module_names(model: nn.Module) -> list[str]:
+    """Return the names of the base model's own modules."""
+    return [name for name, _ in _own_modules(model)]
+
+
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Yield the base model's modules under their own names, without what PEFT has put inside them."""
     inside: tuple[str, ...] = ()
@@ -144,7 +149,7 @@ def _check_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], r
     linear = [name for name, module in _own_modules(model) if features(_frozen(module)) is not None]
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
     if isinstance(config.target_modules, (set, list, tuple)):
-        names = [name for name, _ in _own_modules(model)]
+        names = module_names(model)
         for target in sorted(config.target_modules):
             if not _is_listed(names, target):
                 raise UserError(
@@ -171,7 +176,7 @@ def _check_patterns(config: AdapterConfig, sites: list[Site]) -> None:
 
 
 def _check_other_names(model: nn.Module, config: AdapterConfig) -> None:
-    names = [name for name, _ in _own_modules(model)]
+    names = module_names(model)
     # PEFT adds the usual names of heads to every config of these tasks
     usual = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"} if config.task_type in _TASKS_WITH_HEADS else set()
     for field in ("exclude_modules", "modules_to_save"):

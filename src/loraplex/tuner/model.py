@@ -15,11 +15,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
-from loraplex.errors import UserError
+from loraplex.errors import UserError, nearest
 from loraplex.tuner import fused_head, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
-from loraplex.tuner.matching import find_sites, resolved_targets
+from loraplex.tuner.matching import find_sites, module_names, resolved_targets
 from loraplex.tuner.undo import all_or_nothing
 
 RESERVED = frozenset(
@@ -112,7 +112,7 @@ class LoraplexTuner(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the active (or the named) adapters; nothing is touched when one of them cannot be merged."""
-        self._refuse_unmergeable(adapter_names)
+        self._refuse_unmergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -123,14 +123,14 @@ class LoraplexTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._refuse_unmergeable(adapter_names)
+            self._refuse_unmergeable(adapter_names, safe_merge)
         elif any(layer.merged for layer in self.site_layers()):
             self.unmerge_adapter()  # type: ignore[no-untyped-call]
         return cast(Any, super())._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    def _refuse_unmergeable(self, adapter_names: Sequence[str] | None) -> None:
+    def _refuse_unmergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:
             config = self.peft_config.get(name)
             if isinstance(config, AdapterConfig) and not config.typed_adapter.mergeable:
@@ -138,6 +138,8 @@ class LoraplexTuner(BaseTuner):
         for layer in self.site_layers():
             if not layer.frozen.parameter().is_floating_point():
                 raise UserError(f"{layer.site} is quantized: load the base model in full precision to merge into it")
+            if safe_merge:
+                layer.check_merge(adapter_names)
 
     def close_ranks(self, adapter_name: str, site: str, ranks: Sequence[int]) -> None:
         """Close ranks of one site: their part of BA becomes zero at once, shapes and optimizer state stay.
@@ -158,7 +160,8 @@ class LoraplexTuner(BaseTuner):
                 factors.gate[list(ranks)] = 0
                 config.live = True
                 return
-        raise UserError(f"adapter '{adapter_name}' has no site '{site}'")
+        hint = nearest(site, [layer.site for layer in self.site_layers() if adapter_name in layer.loraplex_adapters])
+        raise UserError(f"adapter '{adapter_name}' has no site '{site}'.{hint}")
 
     def finish(self, adapter_name: str) -> dict[str, int]:
         """End rank changes: from now on the adapter is saved compacted. Return the final rank of every site."""
@@ -172,6 +175,7 @@ class LoraplexTuner(BaseTuner):
         if not any(ranks.values()):
             raise UserError(f"adapter '{adapter_name}' has no open rank left: there is nothing to save")
         config.finished_ranks, config.live = ranks, False
+        config.other_modules = module_names(self.model)
         return ranks
 
     @contextlib.contextmanager
