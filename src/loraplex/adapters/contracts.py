@@ -56,6 +56,7 @@ class Factors(nn.Module, ABC):
         self.in_features, self.out_features, self.rank = site.in_features, site.out_features, site.rank
         self.scale = scale
         self.register_buffer("gate", torch.ones(site.rank))
+        self._scaled: _Scaled | None = None
 
     @abstractmethod
     def parts(self) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,22 @@ class Factors(nn.Module, ABC):
 
     def rank_scale(self, dtype: torch.dtype) -> Tensor:
         """Return s·gate (r,): what every rank is multiplied with between A and B."""
-        return self.gate.to(dtype) * self.scale
+        return self._of_gate(dtype).scale
+
+    @property
+    def closed(self) -> bool:
+        """Whether no rank is open: the site is off."""
+        return self._of_gate(self.gate.dtype).closed
+
+    def _of_gate(self, dtype: torch.dtype) -> _Scaled:
+        gate = self.gate
+        if torch.compiler.is_compiling():
+            return _Scaled(gate, 0, gate.to(dtype) * self.scale, closed=False)
+        kept = self._scaled
+        if kept is None or kept.gate is not gate or kept.version != gate._version or kept.scale.dtype != dtype:
+            kept = _Scaled(gate, gate._version, gate.to(dtype) * self.scale, closed=not bool(gate.any()))
+            self._scaled = kept
+        return kept
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r), differentiable, scale and gate included in B exactly once."""
@@ -80,6 +96,16 @@ class Factors(nn.Module, ABC):
     def open_ranks(self) -> int:
         """Number of ranks whose gate is open."""
         return int(self.gate.sum())
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """What follows from a gate, kept until the gate is changed or replaced."""
+
+    gate: Tensor
+    version: int
+    scale: Tensor
+    closed: bool
 
 
 class Combine(nn.Module, ABC):

@@ -46,12 +46,14 @@ class MagnitudeDirection(Combine):
 
     def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         """Return (m/n) ⊙ (x W0ᵀ + (x Aᵀ) Bᵀ) + b (..., out); with dropout the sum that `delta` describes."""
-        if dropped is not x:
+        if factors.closed:
+            return F.linear(x, weight, bias)
+        if dropped is not x or torch.compiler.is_compiling():
             y0 = F.linear(x, weight, bias)
             return (y0 + self.delta(x, dropped, y0, _Given(weight, bias), factors)).to(y0.dtype)
         a, b = factors.parts()
-        m, n = self._magnitude_and_norm(weight, factors)
-        return magnitude_linear(x, weight, bias, a, b, factors.rank_scale(b.dtype), m, n)
+        s, square = factors.rank_scale(b.dtype), self._square.of(weight)
+        return magnitude_linear(x, weight, bias, a, b, s, self.lora_magnitude_vector, square)
 
     def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
         """Return Δy = (m/n − 1) ⊙ drop(x) W0ᵀ + (m/n) ⊙ (drop(x) Aᵀ) Bᵀ (..., out); the bias is not scaled."""

@@ -44,11 +44,6 @@ def under_autocast(
     )
 
 
-def scaled_casts(a: Tensor, b: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return A and B diag(s) in the compute dtype; a rounded s would rescale everything, so it goes into B first."""
-    return a.to(dtype), (b * s).to(dtype)
-
-
 def backward_products(
     dy: Tensor, rows: Tensor, low: Tensor, a: Tensor, b: Tensor, s: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +69,8 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = rows if dropped is None else dropped.reshape(rows.shape)
-        a_cast, b_cast = scaled_casts(a, b, s, rows.dtype)
+        # a rounded s would rescale the whole adapter, so it goes into B before the cast
+        a_cast, b_cast = a.to(rows.dtype), (b * s).to(rows.dtype)
         low = F.linear(low_rows, a_cast)  # (tokens, r)
         y = F.linear(rows, weight, bias).addmm_(low, b_cast.T)
         ctx.save_for_backward(low_rows, weight, a_cast, b_cast, s, low)

@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loraplex.kernels.low_rank import backward_products, scaled_casts, under_autocast
+from loraplex.kernels.low_rank import backward_products, under_autocast
 
-_ROWS_AT_ONCE = 1 << 18
-"""Elements of W0 that are held in float32 at the same time: 1 MiB, which stays in the cache of a core."""
+_ROWS_AT_ONCE = 1 << 17
+"""Elements of W0 that are held in float32 at the same time: 4 MiB."""
 
 
 def magnitude_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor, m: Tensor, n: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor, m: Tensor, square: Tensor
 ) -> Tensor:
-    """Return y (..., out) for x (..., in), W0 (out, in), b, A (r, in), B (out, r), s (r,), m and n (out,)."""
+    """Return y (..., out).
+
+    x (..., in), W0 (out, in), b (out,) or None, A (r, in), B (out, r), s (r,) the scale of every rank, m (out,) and
+    `square` = ‖W0‖² per row (out,).
+    """
     x, _, weight, bias = under_autocast(x, None, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _MagnitudeLinear.apply(x, weight, bias, a, b, s, m, n)  # type: ignore[no-untyped-call]
+        y: Tensor = _MagnitudeLinear.apply(x, weight, bias, a, b, s, m, square)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -67,10 +71,12 @@ class _MagnitudeLinear(torch.autograd.Function):
         b: Tensor,
         s: Tensor,
         m: Tensor,
-        n: Tensor,
+        square: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        a_cast, b_cast = scaled_casts(a, b, s, rows.dtype)
+        scaled = b * s
+        n = row_norm(weight, a, scaled, square)
+        a_cast, b_cast = a.to(rows.dtype), scaled.to(rows.dtype)
         low = F.linear(rows, a_cast)  # (tokens, r)
         z = F.linear(rows, weight).addmm_(low, b_cast.T)  # (tokens, out)
         ratio = (m / n).to(z.dtype)
