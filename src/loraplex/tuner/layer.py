@@ -74,7 +74,6 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.site = site
         self.loraplex_adapters = nn.ModuleDict()
-        self.frozen = FrozenLinear(base_layer)
         shape = features(base_layer)
         assert shape is not None
         self.in_features, self.out_features = shape
@@ -82,6 +81,11 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         # W0 while adapters are merged, so that unmerging is exact to the bit
         self._kept_weight: Tensor | None = None
+
+    @property
+    def frozen(self) -> FrozenLinear:
+        """The frozen linear map as it is now: quantizing or sharding may put another module in its place."""
+        return FrozenLinear(self.base_layer)
 
     def adapter(self, name: str) -> SiteAdapter:
         """Return the adapter of that name on this site."""
@@ -109,19 +113,17 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             raise UserError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(x) % len(names):
+        if len(x) != len(names):
             raise UserError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
                 f"but got {len(names)} and {len(x)} respectively."
             )
-        # beam search repeats every row
-        rows = [name for name in names for _ in range(len(x) // len(names))]
         y0: Tensor = self.base_layer(x, *args, **kwargs)
         y = y0.clone()
-        for name in dict.fromkeys(rows):
+        for name in dict.fromkeys(names):
             if self.disable_adapters or name not in self.loraplex_adapters:
                 continue
-            index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+            index = torch.tensor([i for i, row in enumerate(names) if row == name], device=x.device)
             delta = self.adapter(name).delta(x[index], y0[index], self.frozen)
             y[index] = (y0[index] + delta).to(y.dtype)
         return y

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
@@ -20,6 +18,7 @@ from loraplex.tuner import fused_head, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
+from loraplex.tuner.mixed_batches import adapter_per_row
 from loraplex.tuner.undo import all_or_nothing
 
 RESERVED = frozenset(
@@ -184,22 +183,8 @@ class LoraplexTuner(BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
-            raise UserError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise UserError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        hook = partial(_pass_adapter_names, adapter_names=list(names))
-        handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (SiteLayer, AuxiliaryTrainingWrapper))
-        ]
-        try:
+        with adapter_per_row(self, names, self.peft_config, kwargs):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -266,9 +251,3 @@ def _makes_meta_parameters() -> bool:
     probe = nn.Module()
     probe.probe = nn.Parameter(torch.empty(0))
     return bool(probe.probe.is_meta)
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
