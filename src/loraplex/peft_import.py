@@ -9,9 +9,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 
 def install() -> None:
@@ -26,7 +29,8 @@ def _register() -> None:
     importlib.import_module("loraplex.tuner.registration")
 
 
-class _WaitForPeft(MetaPathFinder):
+# Not derived from the classes of importlib.abc: that module costs as much as all the rest of `import loraplex`.
+class _WaitForPeft:
     """Finds nothing by itself: wraps the loader of `peft`, and stays until that has been executed.
 
     Asking for the spec alone, as transformers does to see whether PEFT is installed, must not use it up.
@@ -46,11 +50,11 @@ class _WaitForPeft(MetaPathFinder):
         finally:
             self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfter(spec.loader)
+            spec.loader = cast(Any, _RegisterAfter(spec.loader))
         return spec
 
 
-class _RegisterAfter(Loader):
+class _RegisterAfter:
     """PEFT's own loader, followed by our registration."""
 
     def __init__(self, loader: Loader) -> None:
