@@ -13,6 +13,9 @@ import click
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loraplex.data import Example
     from loraplex.training.recipe import Recipe
 
 RECIPE = Path(__file__).with_name("demo.yaml")
@@ -43,6 +46,7 @@ def demo(short: bool, output: str, overwrite: bool) -> None:
     Needs no network and no data: the model comes with a package, the task is made up. The adapter that comes out is
     loaded by stock PEFT in a process without loraplex and has to compute the same.
     """
+    from loraplex.data import read_examples
     from loraplex.training.reading import read_recipe
     from loraplex.training.run import train
 
@@ -50,9 +54,10 @@ def demo(short: bool, output: str, overwrite: bool) -> None:
     recipe = read_recipe(RECIPE, [*(SHORT if short else []), "--output", output])
     _say("task", "reverse a list of words; the model is SmolLM2-135M-Instruct, the adapter LoRA")
     result = train(recipe, overwrite=overwrite or output == OUTPUT, say=_say, progress=True)
-    difference = _difference_to_stock_peft(recipe, result.adapter)
+    examples = read_examples(recipe.data, "test")
+    difference = _difference_to_stock_peft(recipe, result.adapter, examples[:COMPARED_ROWS])
     _say("peft", f"without loraplex: largest difference of a logit {difference:.1g} in float32 ({COMPARED_ROWS} rows)")
-    _show_example(result.folder / "evaluation")
+    _show_example(result.folder / "evaluation", examples)
     accuracy = result.metrics["accuracy"]
     _show_accuracy(accuracy["before"], accuracy["after"])
     if short:
@@ -84,7 +89,7 @@ def check_gain(before: dict[str, Any], after: dict[str, Any]) -> None:
             )
 
 
-def _difference_to_stock_peft(recipe: Recipe, adapter: Path) -> float:
+def _difference_to_stock_peft(recipe: Recipe, adapter: Path, examples: Sequence[Example]) -> float:
     """Return the largest difference of a logit between loraplex and stock PEFT, both in float32 on the saved adapter.
 
     Raises:
@@ -92,35 +97,37 @@ def _difference_to_stock_peft(recipe: Recipe, adapter: Path) -> float:
     """
     import torch
 
-    from loraplex.data import read_examples
     from loraplex.data.tokenization import prompt_ids
     from loraplex.models.adapted import load_adapted
     from loraplex.models.loading import load_tokenizer, resolve_model
     from loraplex.models.stock_peft import stock_logits
 
-    examples = read_examples(recipe.data, "test")[:COMPARED_ROWS]
     rows = prompt_ids(examples, load_tokenizer(recipe.model.name))
     theirs = stock_logits(resolve_model(recipe.model.name), str(adapter), rows)
-    model = load_adapted(str(adapter), dtype="float32")
+    # On the CPU like the other side, whatever trained it.
+    model = load_adapted(str(adapter), dtype="float32").cpu()
     with torch.inference_mode():
-        ours = [model(input_ids=torch.tensor([row], device=model.device)).logits[0].cpu() for row in rows]
+        ours = [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     if not difference <= LARGEST_DIFFERENCE:
         raise UserError(f"stock PEFT computes something else with '{adapter}': logits differ by {difference:.2g}")
     return difference
 
 
-def _show_example(evaluation: Path) -> None:
+def _show_example(evaluation: Path, examples: Sequence[Example]) -> None:
     """Print what the model wrote before and after, for the first item that it has learned, or the first of all."""
     before, after = (
         [json.loads(line) for line in (evaluation / f"{when}.jsonl").read_text(encoding="utf-8").splitlines()]
         for when in ("before", "after")
     )
-    pairs = list(zip(before, after, strict=True))
-    first, second = next((pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]), pairs[0])
-    click.echo(f"\n  right answer  {_clipped(first['expected'])}")
-    click.echo(f"  before        {_clipped(first['text'])}")
-    click.echo(f"  after         {_clipped(second['text'])}")
+    learned = (i for i in range(len(after)) if after[i]["correct"] and not before[i]["correct"])
+    index = next(learned, 0)
+    prompt = examples[index].prompt
+    question = prompt if isinstance(prompt, str) else prompt[-1].content
+    click.echo(f"\n  question      {_clipped(question.splitlines()[-1])}")
+    click.echo(f"  right answer  {_clipped(after[index]['expected'])}")
+    click.echo(f"  before        {_clipped(before[index]['text'])}")
+    click.echo(f"  after         {_clipped(after[index]['text'])}")
 
 
 def _clipped(text: str, width: int = 90) -> str:
