@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -49,18 +50,19 @@ class LoraplexTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does; when that fails the model is as it was before."""
+        config = self.peft_config[adapter_name]
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        if twins:
+            # TRL copies an adapter so: gates and what is known of the ranks must not be shared afterwards
+            self.peft_config[adapter_name] = config = copy(config)
+        if len(self.peft_config) > 1:
+            self._pre_injection_hook(self.model, config, adapter_name)
         with all_or_nothing(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        super()._check_new_adapter_config(config)
-        name = next(name for name, other in self.peft_config.items() if other is config)
-        if len(self.peft_config) > 1:
-            try:
-                self._pre_injection_hook(self.model, config, name)
-            except UserError:
-                del self.peft_config[name]
-                raise
+        for layer in self.site_layers() if twins else ():
+            if adapter_name in layer.loraplex_adapters:
+                gate = layer.adapter(twins[0]).factors.gate
+                layer.adapter(adapter_name).factors.gate.copy_(gate)
 
     def _create_and_replace(
         self,
