@@ -49,7 +49,7 @@ def write_tiny_recipe(folder: Path, model: Path) -> Path:
     """Write a recipe that trains `model` for six steps on 24 rows of two options, with dropout."""
     words = WORDS.split()
     rows = [
-        {"question": f"{words[i % 16]} {words[i * 3 % 16]}?", "choices": ["cat", "dog sat"], "answer": i % 2}
+        {"question": f"{words[i % 16]} {words[i * 3 % 16]}?", "choices": ["cat", "dog sat on the mat"], "answer": i % 2}
         for i in range(24)
     ]
     data = folder / "rows.jsonl"

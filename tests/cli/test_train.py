@@ -123,7 +123,7 @@ def test_a_finished_run_is_kept(fails, tiny_recipe: Path, capsys: pytest.Capture
     assert main(["train", str(tiny_recipe), "--max-length", "23", "--max-steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "cut to length" in shown
-    assert "reloaded by PEFT" in shown
+    assert "reloaded and compared" in shown
     run = tiny_recipe.parent / "run"
     assert json.loads((run / "metrics.json").read_text())["rows"]["truncated"] > 0
     overrides = ("--max-length", "23", "--max-steps", "2")

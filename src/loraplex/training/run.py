@@ -190,8 +190,9 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
         reloaded, reload = save_checked(model, run.folder.adapter, token_ids, identity, fresh_base)
     run.say(
         "saved",
-        f"{run.folder.adapter}; reloaded by PEFT, {reload.rows} rows in {reload.dtype}: largest difference of a logit "
-        f"{reload.largest_difference:.2g} (logits up to {reload.largest_logit:.3g})",
+        f"{run.folder.adapter}, reloaded and compared on {reload.rows} rows in {reload.dtype}: a logit of up to "
+        f"{reload.largest_logit:.3g} differs by {reload.difference:.2g} at most in loraplex, "
+        f"by {reload.difference_peft:.2g} in PEFT",
     )
     return reloaded, asdict(reload)
 
