@@ -1,0 +1,114 @@
+"""`loraplex plan`: what a recipe would train and need, before it does."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loraplex.cli.recipe_arguments import RecipeCommand, split_arguments
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from loraplex.training.estimate import Estimate
+
+
+@click.command(cls=RecipeCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON, with the rank of every site.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--KEY VALUE]...")
+def plan(arguments: tuple[str, ...], as_json: bool) -> None:
+    """Show sites, ranks, trainable parameters, memory and time of RECIPE without training.
+
+    Data and model configuration are read, the weights are not. Sites and parameters are exact, memory and time are
+    estimates.
+    """
+    from loraplex.training.reading import read_recipe
+
+    path, overrides = split_arguments(arguments)
+    recipe = read_recipe(path, overrides)
+
+    from loraplex.models.loading import load_tokenizer
+    from loraplex.training.estimate import estimate
+    from loraplex.training.preparation import read_rows
+
+    rows = read_rows(recipe, load_tokenizer(recipe.model.name))
+    found = estimate(recipe, rows)
+    if as_json:
+        click.echo(json.dumps(as_plain(found), indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in render(found):
+        console.print(part)
+
+
+def as_plain(found: Estimate) -> dict[str, Any]:
+    """Return the estimate as plain values."""
+    from dataclasses import asdict
+
+    memory = {**asdict(found.memory), "above_weights": found.memory.above_weights, "total": found.memory.total}
+    return {**asdict(found), "memory": memory}
+
+
+def render(found: Estimate) -> list[RenderableType]:
+    """Return the tables to print."""
+    return [_sites(found), "", _needs(found)]
+
+
+def _sites(found: Estimate) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="Trained (exact)", title_justify="left")
+    table.add_column("module")
+    for heading in ("sites", "rank", "parameters", "share of the model"):
+        table.add_column(heading, justify="right")
+    for kind in found.kinds:
+        low, high = kind.ranks
+        rank = "–" if not kind.sites else str(low) if low == high else f"{low}–{high}"
+        sites = f"{kind.sites:,}" if kind.sites else "–"
+        table.add_row(kind.name, sites, rank, f"{kind.parameters:,}", f"{kind.parameters / found.total:.3%}")
+    table.add_section()
+    share = f"{found.trainable / found.total:.3%}"
+    table.add_row("all", f"{len(found.ranks):,}", "", f"{found.trainable:,}", share, style="bold")
+    return table
+
+
+def _needs(found: Estimate) -> RenderableType:
+    from rich.table import Table
+
+    batches, memory = found.batches, found.memory
+    table = Table(title="Needed (estimates)", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    tokens = f"{batches.mean_tokens:,.0f} tokens a pass on average, {batches.most_tokens:,} at most, padding included"
+    table.add_row("optimizer steps", f"{batches.steps:,}", f"{batches.per_step} × {batches.rows} rows; {tokens}")
+    table.add_section()
+    explained = {
+        "weights": "frozen",
+        "adapter": "trained, in float32",
+        "gradients": "of the adapter",
+        "optimizer": "state of the adapter",
+        "activations": "kept for the backward pass of the largest batch",
+        "head": "logits, a slice of the positions at a time",
+    }
+    for name, note in explained.items():
+        table.add_row(name, _bytes(getattr(memory, name)), note)
+    table.add_row("memory", _bytes(memory.total), "besides the Python process itself", style="bold")
+    table.add_section()
+    table.add_row("training time", _duration(found.seconds), "from a probe of two blocks on this machine", style="bold")
+    return table
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

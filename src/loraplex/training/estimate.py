@@ -1,0 +1,216 @@
+"""What a recipe will need before anything is trained: sites and parameters exactly, memory and time as estimates.
+
+    memory = weights + adapter · (1 + 1 + optimizer state) + blocks · kept(block) + kept(rest) + logits
+    time   = steps · passes · (blocks · time(block) · tokens / tokens of the probe + time(head))
+
+The whole model is built without its weights; a probe of one and two blocks (`probe.py`) measures what one block keeps
+and takes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from loraplex.models.loading import resolve_model
+from loraplex.training.preparation import Rows, adapter_config
+from loraplex.training.probe import BlockCost, measure_block
+from loraplex.training.recipe import Recipe
+from loraplex.tuner.layer import SiteLayer
+
+# Numbers of state per trained number; other optimizers are taken for the first.
+OPTIMIZER_STATE = {"adamw": 2.0, "sgd": 0.0, "adafactor": 0.02, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
+# Forward pass and gradient with respect to the input, two operations per multiply-add.
+FROZEN_FLOPS = 4
+# Logits that exist at once, in float32, and their gradient.
+LOGITS_AT_ONCE = 1 << 24
+LOGITS_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run as far as rows and recipe determine them."""
+
+    steps: int
+    """Optimizer steps."""
+    per_step: int
+    """Forward passes per optimizer step."""
+    rows: int
+    """Rows per forward pass."""
+    longest: int
+    """Tokens of the longest row."""
+    mean_tokens: float
+    """Tokens per forward pass, padding included, on average over random batches."""
+    most_tokens: int
+    """Tokens of the largest forward pass to reckon with."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The sites of one kind of module."""
+
+    name: str
+    sites: int
+    ranks: tuple[int, int]
+    """Smallest and largest."""
+    parameters: int
+    """Trainable."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of training."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass of the largest batch."""
+    head: int
+    """Logits of the language-model head."""
+
+    @property
+    def above_weights(self) -> int:
+        """What comes on top of the loaded model."""
+        return self.adapter + self.gradients + self.optimizer + self.activations + self.head
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.above_weights
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `loraplex plan` shows."""
+
+    kinds: list[Kind]
+    ranks: dict[str, int]
+    trainable: int
+    total: int
+    """Parameters of the model with its adapter."""
+    batches: Batches
+    memory: Memory
+    seconds: float
+    """Of all steps, without loading and evaluation."""
+
+
+def estimate(recipe: Recipe, rows: Rows) -> Estimate:
+    """Return the estimate for a recipe with its rows; the base model's weights are not read.
+
+    Raises:
+        UserError: for whatever makes the recipe's adapter impossible on this model.
+    """
+    config = AutoConfig.from_pretrained(resolve_model(recipe.model.name))
+    dtype = getattr(torch, recipe.model.dtype) if recipe.model.dtype != "auto" else config.dtype or torch.float32
+    model = build_without_weights(recipe, config, dtype)
+    kinds = list(_kinds(model))
+    batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows])
+    names = [kind.name for kind in kinds if kind.sites]
+    length = batches.most_tokens // batches.rows
+    block = measure_block(recipe, config, dtype, names, batches.rows, length)
+    trainable, total = model.get_nb_trainable_parameters()
+    learned = sum(sum(row["completion_mask"]) for row in rows.train.rows) / len(rows.train.rows)
+    return Estimate(
+        kinds=kinds,
+        ranks={layer.site: _rank(layer) for layer in _site_layers(model)},
+        trainable=trainable,
+        total=total,
+        batches=batches,
+        memory=_memory(recipe, model, config, batches, block),
+        seconds=_seconds(recipe, model, config, batches, block, learned),
+    )
+
+
+def build_without_weights(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> PeftModel:
+    """Return the recipe's model with its adapter on the meta device: shapes and types, no storage."""
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=dtype), adapter_config(recipe))
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def plan_batches(recipe: Recipe, lengths: Sequence[int]) -> Batches:
+    """Return the batches that rows of these lengths will make, by drawing some at random."""
+    options = recipe.training
+    size = min(options.batch_size, len(lengths))
+    per_epoch = math.ceil(math.ceil(len(lengths) / options.batch_size) / options.gradient_accumulation)
+    steps = options.max_steps or math.ceil(options.epochs * per_epoch)
+    draw = random.Random(recipe.seed)
+    batches = [draw.sample(list(lengths), size) for _ in range(200)]
+    tokens = [sum(batch) if options.padding_free else size * max(batch) for batch in batches]
+    # Every row comes up in an epoch, the longest too.
+    seen_all = steps * options.gradient_accumulation * size >= len(lengths)
+    most = size * max(lengths) if seen_all and not options.padding_free else max(tokens)
+    return Batches(steps, options.gradient_accumulation, size, max(lengths), sum(tokens) / len(tokens), most)
+
+
+def _memory(recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches: Batches, block: BlockCost) -> Memory:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapter = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    everything = {id(p): p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())}
+    state = next((size for name, size in OPTIMIZER_STATE.items() if recipe.training.optimizer.startswith(name)), 2.0)
+    text = config.get_text_config()
+    activations = text.num_hidden_layers * block.kept
+    if recipe.training.gradient_checkpointing:
+        # The input of every block, and one block in full while it is gone through again.
+        width = max(parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad)
+        activations = text.num_hidden_layers * batches.most_tokens * text.hidden_size * width + block.kept
+    return Memory(
+        weights=sum(everything.values()) - adapter,
+        adapter=adapter,
+        gradients=adapter,
+        optimizer=int(adapter * state),
+        activations=activations + block.kept_outside,
+        head=LOGITS_BYTES * min(batches.most_tokens * text.vocab_size, LOGITS_AT_ONCE),
+    )
+
+
+def _seconds(
+    recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches: Batches, block: BlockCost, learned: float
+) -> float:
+    """Return the time of all steps; `learned` is the mean number of tokens per row that carry loss."""
+    text = config.get_text_config()
+    blocks: int = text.num_hidden_layers
+    per_token = block.seconds / batches.most_tokens
+    layers = list(_site_layers(model))
+    flops_per_block = FROZEN_FLOPS * sum(x.in_features * x.out_features for x in layers) / blocks
+    head: float = FROZEN_FLOPS * text.vocab_size * text.hidden_size * learned * batches.rows
+    again = 4 / 3 if recipe.training.gradient_checkpointing else 1.0
+    one_pass = blocks * per_token * batches.mean_tokens * again + head * per_token / flops_per_block
+    return one_pass * batches.per_step * batches.steps
+
+
+def _kinds(model: PeftModel) -> Iterator[Kind]:
+    """Yield one entry per kind of adapted module, and one for whatever else is trained."""
+    groups: dict[str, list[SiteLayer]] = {}
+    for layer in _site_layers(model):
+        groups.setdefault(layer.site.rpartition(".")[2], []).append(layer)
+    counted = 0
+    for name, layers in groups.items():
+        ranks = [_rank(layer) for layer in layers]
+        parameters = sum(_trained(layer) for layer in layers)
+        counted += parameters
+        yield Kind(name, len(layers), (min(ranks), max(ranks)), parameters)
+    if rest := _trained(model) - counted:
+        yield Kind("trained besides", 0, (0, 0), rest)
+
+
+def _site_layers(model: nn.Module) -> Iterator[SiteLayer]:
+    return (module for module in model.modules() if isinstance(module, SiteLayer))
+
+
+def _rank(layer: SiteLayer) -> int:
+    return layer.adapter(next(iter(layer.loraplex_adapters))).factors.rank
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

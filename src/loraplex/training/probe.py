@@ -1,0 +1,103 @@
+"""Two blocks of a model, run for a moment: what one block costs in time and in memory kept for the backward pass.
+
+A model of one block and a model of two, with random weights and the recipe's adapter on them, take the run's largest
+batch forward and backward; the difference is one block. So the figures follow whatever adapters, kernels and device do.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from loraplex.training.preparation import add_adapter
+from loraplex.training.recipe import Recipe
+
+# The smallest vocabulary that holds the tokens of the probe: the head is reckoned by itself.
+VOCABULARY = 8
+REPEATS = 3
+# Keys of the adapter section that name single blocks, or what the probe has not.
+WHOLE_MODEL_KEYS = {
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+}
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block of the model on one batch."""
+
+    seconds: float
+    """Forward and backward."""
+    kept: int
+    """Bytes kept for the backward pass."""
+    kept_outside: int
+    """Bytes kept once, before and after the blocks."""
+
+
+def measure_block(
+    recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, kinds: list[str], rows: int, length: int
+) -> BlockCost:
+    """Return the cost of one block with adapters on its modules `kinds`, for `rows` rows of `length` tokens."""
+    section = {key: value for key, value in recipe.adapter.items() if key not in WHOLE_MODEL_KEYS}
+    recipe = replace(recipe, adapter={**section, "target_modules": kinds})
+    seconds, kept = [], []
+    for blocks in (1, 2):
+        base = AutoModelForCausalLM.from_config(_shortened(config, blocks), dtype=dtype)
+        base.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = add_adapter(recipe, base).train()
+        kept.append(_run(model, rows, length)[1])
+        seconds.append(min(_run(model, rows, length)[0] for _ in range(REPEATS)))
+    return BlockCost(max(seconds[1] - seconds[0], 1e-6), kept[1] - kept[0], max(0, 2 * kept[0] - kept[1]))
+
+
+def _shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    """Return a copy of a model's config with few blocks and tokens."""
+    plain: dict[str, Any] = {key: value for key, value in config.to_dict().items() if not key.endswith("_token_id")}
+    short = type(config).from_dict(plain)
+    text = short.get_text_config()
+    text.num_hidden_layers, text.vocab_size = blocks, VOCABULARY
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = kinds[:blocks]
+    return short
+
+
+def _run(model: PeftModel, rows: int, length: int) -> tuple[float, int]:
+    """Return the seconds of forward and backward and the bytes kept in between, weights not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
+    mask = torch.ones_like(ids)
+    # A batch without padding would take a shorter way through attention.
+    mask[0, -1:] = 0
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    backbone = base.base_model
+    start = _now()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    hidden.sum().backward()
+    return _now() - start, sum(kept.values())
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
