@@ -10,6 +10,8 @@ from peft import get_peft_model
 from tests.tuner.tiny_models import KINDS, adapted, config, gradients, llama, logits, move, same, tokens, trainable
 from torch._dynamo.testing import CompileCounter
 
+from loraplex.tuner.layer import SiteLayer
+
 EVERY = pytest.mark.parametrize("adapter", KINDS)
 
 
@@ -163,3 +165,21 @@ def test_replacing_the_frozen_module_is_seen(adapter):
     with torch.no_grad():
         change = layer.get_delta_weight("default")
         torch.testing.assert_close(layer(x), new(x) + x @ change.T, rtol=0, atol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_reference_path_and_fast_path_agree(adapter, architecture):
+    """Hooks, shards and quantized weights take the reference path; the fast one computes the same."""
+    model = adapted(architecture, adapter=adapter)
+    layers = [module for module in model.modules() if isinstance(module, SiteLayer)]
+    assert all(layer.frozen.plain() for layer in layers)
+    fast, expected = logits(model), gradients(model)
+    handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in layers]
+    assert not any(layer.frozen.plain() for layer in layers)
+    torch.testing.assert_close(logits(model), fast, rtol=0, atol=1e-6)
+    for key, value in gradients(model).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-7, msg=key)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(model), fast)
