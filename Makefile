@@ -11,12 +11,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check bench clean
 
 help:
 	@echo "make demo    train an adapter on the embedded model and watch it get better (five minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint and types"
+	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (an hour on an idle machine)"
 	@echo "make setup   install into .venv; the others do it by themselves"
 	@echo "make clean   remove .venv and what the tools left behind"
 
@@ -45,6 +46,10 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+bench: setup
+	@for part in training layers evaluation startup growth; do $(BIN)/python -m benchmarks $$part $(ARGS) || exit 1; done
+	@$(BIN)/python -m benchmarks report
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

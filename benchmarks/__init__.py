@@ -1,0 +1,1 @@
+"""Speed and memory against PEFT, TRL, lm-evaluation-harness and the limit: `python -m benchmarks --help`."""

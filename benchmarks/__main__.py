@@ -1,0 +1,102 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from benchmarks.results import COMMITTED, Plan
+from benchmarks.rounds import ContestantError
+from benchmarks.terminal import errors
+from loraplex.errors import UserError
+
+_QUICK = Plan(rounds=2, warm_up=1, quick=True)
+
+
+def _options(command: Any) -> Any:
+    """Add the options that all measurements share."""
+    command = click.option("--quick", is_flag=True, help="Two rounds, fewer cases: shows that it works.")(command)
+    return click.option("--rounds", type=click.IntRange(1), help="Counted rounds.")(command)
+
+
+def _plan(rounds: int | None, quick: bool, default: int = 9, warm_up: int = 2) -> Plan:
+    plan = _QUICK if quick else Plan(default, warm_up)
+    return Plan(rounds or plan.rounds, plan.warm_up, plan.quick)
+
+
+@click.group()
+def main() -> None:
+    """Measure loraplex against its peers, in alternated rounds, on an idle machine."""
+
+
+@main.command()
+@_options
+@click.option("--only", type=click.Choice(["lora", "dora"]), help="One adapter instead of both.")
+def training(rounds: int | None, quick: bool, only: str | None) -> None:
+    """Training steps against the limit and against TRL with PEFT."""
+    from benchmarks.training import run
+
+    for adapter in (only,) if only else ("lora", "dora"):
+        run(adapter, _plan(rounds, quick))
+
+
+@main.command()
+@_options
+def layers(rounds: int | None, quick: bool) -> None:
+    """Single layers against PEFT's."""
+    from benchmarks.layers import run
+
+    run(_plan(rounds, quick))
+
+
+@main.command()
+@_options
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+def evaluation(rounds: int | None, quick: bool, dtype: Literal["bfloat16", "float32"]) -> None:
+    """Option scoring against lm-evaluation-harness."""
+    from benchmarks.evaluation import run
+
+    run(_plan(rounds, quick), dtype)
+
+
+@main.command()
+@_options
+def startup(rounds: int | None, quick: bool) -> None:
+    """Commands from their start to their end."""
+    from benchmarks.startup import run
+
+    run(_plan(rounds, quick))
+
+
+@main.command()
+@_options
+def growth(rounds: int | None, quick: bool) -> None:
+    """Step and memory against rank, length and number of sites; three rounds unless told otherwise."""
+    from benchmarks.growth import run
+
+    run(_plan(rounds, quick, default=3, warm_up=1))
+
+
+@main.command()
+@click.option("--results", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=COMMITTED)
+def report(folder: Path) -> None:
+    """Fill docs/performance.md and its plots from the results."""
+    from benchmarks.report import run
+
+    run(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main(prog_name="python -m benchmarks", standalone_mode=False)
+    except UserError as error:
+        # The benchmark sets, or an optional package, are not here.
+        errors.print(f"skipped: {error}", markup=False)
+    except (click.ClickException, ContestantError) as error:
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)

@@ -1,0 +1,191 @@
+"""Fills docs/performance.md from the results: what stands between its markers is written here, the rest by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, results
+from benchmarks.rounds import ROOT
+from benchmarks.terminal import output
+
+PAGE = ROOT / "docs" / "performance.md"
+NAMES = {
+    "ours": "loraplex under SFTTrainer",
+    "ours-lora": "loraplex LoRA under SFTTrainer",
+    "ours-bare": "loraplex, forward and backward alone",
+    "peft-best": "PEFT under SFTTrainer, padding-free (its best)",
+    "peft-padded": "PEFT under SFTTrainer, padded",
+    "peft-shipped": "PEFT under SFTTrainer, shipped defaults",
+    "limit": "the limit: frozen model, no adapters",
+    "lm-eval-default": "lm-evaluation-harness, its default batch size of 1",
+    "lm-eval-best": "lm-evaluation-harness, its best batch size",
+}
+_PEERS = ("peft", "PEFT", "lm-eval", "trl")
+"""How the names of other projects' contestants begin."""
+_COMMANDS = {
+    "training-lora": "training --only lora",
+    "training-dora": "training --only dora",
+    "layers": "layers",
+    "evaluation": "evaluation",
+    "startup": "startup",
+    "growth": "growth",
+}
+
+Result = dict[str, Any]
+
+
+def run(folder: Path) -> None:
+    """Draw the plots and fill every section that the page has."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = {name: results.read(name, folder) for name in _COMMANDS}
+    plots.draw({name: result for name, result in found.items() if result}, PAGE.parent / "performance")
+    for name, result in found.items():
+        repeat = f"Repeat with `python -m benchmarks {_COMMANDS[name]}`."
+        body = "Not measured yet." if result is None else "\n\n".join([*_SECTIONS[name](result), _ran_on(result)])
+        text = _filled(text, name, f"{body}\n\n{repeat}")
+    PAGE.write_text(text, encoding="utf-8")
+    output.print(f"written to {PAGE.relative_to(ROOT)}")
+
+
+def _filled(text: str, name: str, body: str) -> str:
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    assert pattern.search(text), f"{PAGE.name} has no markers for {name}"
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _contest(result: Result) -> list[str]:
+    """Return rates and peaks, ratios, and what the peers do better."""
+    rates = _table(
+        ["", f"{result['unit']}/s", "peak memory, MB", "of it above the loaded model, MB"],
+        (
+            [
+                NAMES.get(name, name),
+                f"{record['rate']:.1f}",
+                f"{record['peak_bytes'] / 1e6:.0f}",
+                f"{(record['peak_bytes'] - record['loaded_bytes']) / 1e6:.0f}",
+            ]
+            for name, record in result["contestants"].items()
+        ),
+    )
+    return [rates, _ratios(result), ahead(result["comparisons"])]
+
+
+def _ratios(result: Result) -> str:
+    return _table(
+        ["", "over", "what", "median ratio", "95 % interval", "goal"],
+        (
+            [
+                NAMES.get(entry["of"], entry["of"]),
+                NAMES.get(entry["over"], entry["over"]),
+                entry["quantity"],
+                f"{entry['median']:.3f}",
+                results.bounds(entry),
+                results.goal(entry),
+            ]
+            for entry in result["comparisons"]
+        ),
+    )
+
+
+def ahead(comparisons: Iterable[Result]) -> str:
+    """Return the line that says where another project is ahead, and where a goal is missed."""
+    entries = list(comparisons)
+    lost = [entry for entry in entries if entry["over"].startswith(_PEERS) and not entry["ahead"]]
+    missed = [entry for entry in entries if entry["reached"] is False]
+    lines = [
+        f"**{NAMES.get(entry['over'], entry['over'])} is ahead** in {entry['quantity']} of "
+        f"{NAMES.get(entry['of'], entry['of'])}: ratio {entry['median']:.3f}."
+        for entry in lost
+    ] or ["No peer is ahead in this table."]
+    lines += [
+        f"Goal missed: {entry['quantity']} of {NAMES.get(entry['of'], entry['of'])} over "
+        f"{NAMES.get(entry['over'], entry['over'])} is {entry['median']:.3f}, wanted {entry['goal']:g}."
+        for entry in missed
+    ]
+    return "\n".join(lines)
+
+
+def _training(result: Result) -> list[str]:
+    adapter = result["benchmark"].removeprefix("training-")
+    return [*_contest(result), f"![{adapter} training](performance/{result['benchmark']}.png)"]
+
+
+def _layers(result: Result) -> list[str]:
+    head = ["adapter, weights", "in × out", "tokens", "ours, ms", "PEFT, ms", "median ratio", "95 % interval", "goal"]
+    rows, comparisons = [], []
+    for layer in result["layers"]:
+        shape = f"{layer['in_features']} × {layer['out_features']}"
+        of = f"{layer['adapter']} {layer['dtype']}"
+        ours, peers = (f"{1e3 * middle(layer['seconds'][name]):.1f}" for name in ("ours", "peft"))
+        entry = {**layer, "quantity": "speed", "of": f"{of} {shape}, {layer['tokens']} tokens", "over": "PEFT's layer"}
+        ratio = [f"{layer['median']:.2f}", results.bounds(layer), results.goal(entry)]
+        rows.append([of, shape, str(layer["tokens"]), ours, peers, *ratio])
+        comparisons.append(entry)
+    return [_table(head, rows), ahead(comparisons), "![layers](performance/layers.png)"]
+
+
+def _evaluation(result: Result) -> list[str]:
+    head = ["", "accuracy", "items", "answered otherwise than by loraplex"]
+    rows = (
+        [NAMES[name], f"{entry['accuracy']:.3f}", str(entry["items"]), str(entry["answered_otherwise"])]
+        for name, entry in result["accuracy"].items()
+    )
+    probed = ", ".join(f"{size}: {rate:.1f}" for size, rate in result["batch_sizes_probed"].items())
+    return [*_contest(result), _table(head, rows), f"Items per second of the harness by batch size: {probed}."]
+
+
+def _startup(result: Result) -> list[str]:
+    head = ["command", "median s", "95 % interval", "goal"]
+    rows = (
+        [f"`{name}`", f"{entry['median']:.3f}", results.bounds(entry), results.goal({**entry, "quantity": "time"})]
+        for name, entry in result["seconds"].items()
+    )
+    return [_table(head, rows), ahead(result["comparisons"])]
+
+
+def _growth(result: Result) -> list[str]:
+    head = ["varies", "value", "ours, tokens/s", "PEFT's best", "ratio", "ours, peak MB", "PEFT's best", "ratio"]
+    rows, comparisons = [], []
+    for point in result["points"]:
+        ours, peers = (point["contestants"][name] for name in ("ours", "peft-best"))
+        speed, memory = point["comparisons"]
+        rates = [f"{side['rate']:.0f}" for side in (ours, peers)]
+        peaks = [f"{side['peak_bytes'] / 1e6:.0f}" for side in (ours, peers)]
+        ratios = [f"{entry['median']:.2f}" for entry in (speed, memory)]
+        rows.append([point["axis"], str(point["value"]), *rates, ratios[0], *peaks, ratios[1]])
+        place = f"loraplex at {point['axis']} {point['value']}"
+        comparisons += [{**speed, "of": place}, {**memory, "of": place}]
+    return [_table(head, rows), ahead(comparisons), "![growth](performance/growth.png)"]
+
+
+def middle(values: Sequence[float]) -> float:
+    """Return the median."""
+    return sorted(values)[len(values) // 2]
+
+
+def _ran_on(result: Result) -> str:
+    ran = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in ran["versions"].items())
+    return (
+        f"{result['rounds']} counted rounds after {result['warm_up']}; {ran['date']}, commit {ran['commit']}, "
+        f"{ran['cpu']}, {ran['threads']} threads of {ran['cores']} cores, load before {ran['load_before']}; {versions}."
+    )
+
+
+_SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+    "training-lora": _training,
+    "training-dora": _training,
+    "layers": _layers,
+    "evaluation": _evaluation,
+    "startup": _startup,
+    "growth": _growth,
+}

@@ -1,0 +1,86 @@
+"""Training steps: loraplex against the limit and against PEFT under TRL in three settings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from benchmarks import results
+from benchmarks.ratios import Comparison
+from benchmarks.results import Plan
+from benchmarks.rounds import alternate, check_same_work
+from benchmarks.workload import ALPHA, BATCH, KINDS, LEARNING_RATE, TRAINING_FILE, TrainingWork
+
+_OURS_LORA = TrainingWork("loraplex", "lora")
+
+CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
+    "lora": {
+        "ours": _OURS_LORA,
+        "peft-best": TrainingWork("peft", "lora", "best"),
+        "peft-padded": TrainingWork("peft", "lora", "padded"),
+        "peft-shipped": TrainingWork("peft", "lora", "shipped"),
+        "limit": TrainingWork("limit"),
+        "ours-bare": TrainingWork("loraplex", "lora", "bare"),
+    },
+    "dora": {
+        "ours": TrainingWork("loraplex", "dora"),
+        "peft-best": TrainingWork("peft", "dora", "best"),
+        "peft-padded": TrainingWork("peft", "dora", "padded"),
+        "peft-shipped": TrainingWork("peft", "dora", "shipped"),
+        "ours-lora": _OURS_LORA,
+        "limit": TrainingWork("limit"),
+        "ours-bare": TrainingWork("loraplex", "dora", "bare"),
+    },
+}
+"""By adapter; `bare` is forward and backward without a trainer, like the limit."""
+
+COMPARISONS: dict[str, tuple[Comparison, ...]] = {
+    "lora": (
+        Comparison("ours-bare", "limit", goal=0.92),
+        Comparison("ours", "limit", goal=0.90),
+        Comparison("ours", "peft-best", goal=1.9),
+        Comparison("ours", "peft-padded", goal=4.0),
+        Comparison("ours", "peft-shipped"),
+        Comparison("ours", "peft-best", "memory", goal=0.8),
+        Comparison("ours", "peft-padded", "memory", goal=0.6),
+        Comparison("ours", "peft-shipped", "memory"),
+    ),
+    "dora": (
+        Comparison("ours", "ours-lora", "time", goal=1.08),
+        Comparison("ours-bare", "limit"),
+        Comparison("ours", "limit"),
+        Comparison("ours", "peft-best", goal=2.5),
+        Comparison("ours", "peft-padded"),
+        Comparison("ours", "peft-shipped"),
+        Comparison("ours", "peft-best", "memory", goal=0.8),
+        Comparison("ours", "peft-padded", "memory", goal=0.6),
+        Comparison("ours", "peft-shipped", "memory"),
+    ),
+}
+
+
+def run(adapter: str, plan: Plan) -> None:
+    """Measure one adapter, print the tables and write `training-ADAPTER.json`.
+
+    Raises:
+        UserError: the benchmark sets are not on this machine.
+    """
+    from loraplex.data.sources import benchmark_path
+
+    benchmark_path(TRAINING_FILE)
+    beginning = results.header(f"training-{adapter}", plan)
+    records = alternate(
+        "benchmarks.training_worker",
+        {name: asdict(work) for name, work in CONTESTANTS[adapter].items()},
+        rounds=plan.rounds,
+        warm_up=plan.warm_up,
+        title=f"training {adapter}",
+    )
+    check_same_work(records.values())
+    beginning["settings"] = {"batch": BATCH, "rank": _OURS_LORA.rank, "alpha": ALPHA, "kinds": KINDS} | {
+        "learning_rate": LEARNING_RATE,
+        "weights": "bfloat16",
+        "adapters": "float32",
+    }
+    result = results.contest(beginning, records, COMPARISONS[adapter], unit="real tokens")
+    results.show(result)
+    results.write(result, plan)
