@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from loraplex.models.loading import load_tokenizer
 from loraplex.training.estimate import Estimate, estimate, plan_batches
@@ -37,12 +38,17 @@ def test_modules_trained_in_full_are_counted(tiny_recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_what_two_blocks_keep_tells_what_more_blocks_keep(adapter: str, tiny_recipe: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("padding_free", [False, "auto"])
+def test_what_two_blocks_keep_tells_what_more_blocks_keep(
+    adapter: str, padding_free: bool | str, tiny_recipe: Path, tiny_model: Path
+) -> None:
     config = AutoConfig.from_pretrained(tiny_model, num_hidden_layers=5)
-    recipe = read_recipe(tiny_recipe, ["--adapter", adapter])
-    block = measure_block(recipe, config, torch.float32, ["q_proj", "down_proj"], 3, 17)
-    section = {**recipe.adapter, "target_modules": ["q_proj", "down_proj"]}
-    model = add_adapter(dataclasses.replace(recipe, adapter=section), AutoModelForCausalLM.from_config(config))
+    section = {"adapter": adapter, "target_modules": ["q_proj", "down_proj"], "padding_free": padding_free}
+    recipe = dataclasses.replace(read_recipe(tiny_recipe), adapter=section)
+    block = measure_block(recipe, config, torch.float32, ["q_proj", "down_proj"], [17, 14, 9])
+    base = AutoModelForCausalLM.from_config(config)
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    model = add_adapter(recipe, base).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -51,13 +57,11 @@ def test_what_two_blocks_keep_tells_what_more_blocks_keep(adapter: str, tiny_rec
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = torch.zeros(3, 17, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = 0
+    mask = (torch.arange(17)[None] < torch.tensor([17, 14, 9])[:, None]).long()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = model.train().get_base_model().model(input_ids=ids, attention_mask=mask, use_cache=False)
-    assert result.last_hidden_state.requires_grad
-    assert 5 * block.kept + block.kept_outside == pytest.approx(sum(kept.values()), rel=0.03)
+        result = model(input_ids=mask, attention_mask=mask, labels=(mask - 1) * 100, use_cache=False, fused_lm_head=True)
+    assert result.loss.requires_grad
+    assert 5 * block.kept + block.kept_outside == pytest.approx(sum(kept.values()), rel=0.05)
 
 
 def test_memory_grows_with_what_it_is_made_of(tiny_recipe: Path) -> None:
@@ -76,10 +80,16 @@ def test_memory_grows_with_what_it_is_made_of(tiny_recipe: Path) -> None:
 def test_steps_and_tokens_follow_the_recipe(tiny_recipe: Path) -> None:
     recipe = read_recipe(tiny_recipe, ["--batch-size", "4", "--gradient-accumulation", "2"])
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=None, epochs=3.0))
-    batches = plan_batches(recipe, [10, 20, 30] * 7)
+    batches = plan_batches(recipe, [10, 20, 30] * 7, padded=True)
     # 21 rows: 6 passes an epoch, 3 steps
     assert batches.steps == 9
     assert batches.most_tokens == 4 * 30
     assert 4 * 10 < batches.mean_tokens <= 4 * 30
-    free = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, padding_free=True))
-    assert plan_batches(free, [10, 20, 30] * 7).mean_tokens == pytest.approx(80, rel=0.1)
+    free = plan_batches(recipe, [10, 20, 30] * 7, padded=False)
+    assert free.mean_tokens == pytest.approx(80, rel=0.1)
+    assert free.most_tokens <= 120
+
+
+def test_padding_counts_where_it_goes_through_the_model(tiny_recipe: Path) -> None:
+    assert not estimated(read_recipe(tiny_recipe)).batches.padded
+    assert estimated(read_recipe(tiny_recipe, ["--adapter.padding_free", "false"])).batches.padded

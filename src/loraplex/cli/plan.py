@@ -50,7 +50,8 @@ def as_plain(found: Estimate) -> dict[str, Any]:
     from dataclasses import asdict
 
     memory = {**asdict(found.memory), "above_weights": found.memory.above_weights, "total": found.memory.total}
-    return {**asdict(found), "memory": memory}
+    batches = {**asdict(found.batches), "most_tokens": found.batches.most_tokens}
+    return {**asdict(found), "memory": memory, "batches": batches}
 
 
 def render(found: Estimate) -> list[RenderableType]:
@@ -84,7 +85,8 @@ def _needs(found: Estimate) -> RenderableType:
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    tokens = f"{batches.mean_tokens:,.0f} tokens a pass on average, {batches.most_tokens:,} at most, padding included"
+    padding = "padding included" if batches.padded else "without padding"
+    tokens = f"{batches.mean_tokens:,.0f} tokens a pass on average, {batches.most_tokens:,} at most, {padding}"
     table.add_row("optimizer steps", f"{batches.steps:,}", f"{batches.per_step} × {batches.rows} rows; {tokens}")
     table.add_section()
     explained = {

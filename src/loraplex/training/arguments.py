@@ -23,7 +23,6 @@ FROM_TRAINING = {
     "optim": "optimizer",
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
-    "padding_free": "padding_free",
     "activation_checkpointing": "gradient_checkpointing",
     "bf16": "autocast",
     "save_total_limit": "keep_checkpoints",
@@ -78,6 +77,8 @@ def trainer_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     changeable: dict[str, Any] = {
         "per_device_eval_batch_size": options.batch_size,
         "pad_to_multiple_of": None,
+        # Our tuner takes the padding out of a batch itself.
+        "padding_free": False,
         "report_to": "none",
     }
     _check_names(options.trainer_args, said)

@@ -24,6 +24,7 @@ from loraplex.training.preparation import Rows, adapter_config
 from loraplex.training.probe import BlockCost, measure_block
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.layer import SiteLayer
+from loraplex.tuner.packing import unsupported
 
 # Numbers of state per trained number; other optimizers are taken for the first.
 OPTIMIZER_STATE = {"adamw": 2.0, "sgd": 0.0, "adafactor": 0.02, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
@@ -44,12 +45,17 @@ class Batches:
     """Forward passes per optimizer step."""
     rows: int
     """Rows per forward pass."""
-    longest: int
-    """Tokens of the longest row."""
+    padded: bool
+    """Whether padding goes through the model."""
     mean_tokens: float
-    """Tokens per forward pass, padding included, on average over random batches."""
-    most_tokens: int
-    """Tokens of the largest forward pass to reckon with."""
+    """Tokens per forward pass on average over random batches, with padding where it goes through the model."""
+    largest: tuple[int, ...]
+    """Lengths of the rows of the largest forward pass to reckon with."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest forward pass."""
+        return _tokens(self.largest, self.padded)
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,10 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     dtype = getattr(torch, recipe.model.dtype) if recipe.model.dtype != "auto" else config.dtype or torch.float32
     model = build_without_weights(recipe, config, dtype)
     kinds = list(_kinds(model))
-    batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows])
+    padded = adapter_config(recipe).padding_free is False or unsupported(model.get_base_model()) is not None
+    batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows], padded)
     names = [kind.name for kind in kinds if kind.sites]
-    length = batches.most_tokens // batches.rows
-    block = measure_block(recipe, config, dtype, names, batches.rows, length)
+    block = measure_block(recipe, config, dtype, names, batches.largest)
     trainable, total = model.get_nb_trainable_parameters()
     learned = sum(sum(row["completion_mask"]) for row in rows.train.rows) / len(rows.train.rows)
     return Estimate(
@@ -138,19 +144,25 @@ def build_without_weights(recipe: Recipe, config: PretrainedConfig, dtype: torch
     return model
 
 
-def plan_batches(recipe: Recipe, lengths: Sequence[int]) -> Batches:
+def plan_batches(recipe: Recipe, lengths: Sequence[int], padded: bool) -> Batches:
     """Return the batches that rows of these lengths will make, by drawing some at random."""
     options = recipe.training
     size = min(options.batch_size, len(lengths))
     per_epoch = math.ceil(math.ceil(len(lengths) / options.batch_size) / options.gradient_accumulation)
     steps = options.max_steps or math.ceil(options.epochs * per_epoch)
+    passes = steps * options.gradient_accumulation
     draw = random.Random(recipe.seed)
-    batches = [draw.sample(list(lengths), size) for _ in range(200)]
-    tokens = [sum(batch) if options.padding_free else size * max(batch) for batch in batches]
-    # Every row comes up in an epoch, the longest too.
-    seen_all = steps * options.gradient_accumulation * size >= len(lengths)
-    most = size * max(lengths) if seen_all and not options.padding_free else max(tokens)
-    return Batches(steps, options.gradient_accumulation, size, max(lengths), sum(tokens) / len(tokens), most)
+    batches = [draw.sample(list(lengths), size) for _ in range(max(200, passes))]
+    tokens = [_tokens(batch, padded) for batch in batches]
+    largest = max(batches[:passes], key=lambda batch: _tokens(batch, padded))
+    if passes * size >= len(lengths):
+        # Every row comes up, the longest too.
+        largest = [*sorted(largest)[:-1], max(lengths)]
+    return Batches(steps, options.gradient_accumulation, size, padded, sum(tokens) / len(tokens), tuple(largest))
+
+
+def _tokens(lengths: Sequence[int], padded: bool) -> int:
+    return len(lengths) * max(lengths) if padded else sum(lengths)
 
 
 def _memory(recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches: Batches, block: BlockCost) -> Memory:

@@ -7,15 +7,17 @@ batch forward and backward; the difference is one block. So the figures follow w
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from trl.trainer.utils import add_fused_lm_head
 
-from loraplex.training.preparation import add_adapter
+from loraplex.training.preparation import IGNORED, add_adapter
 from loraplex.training.recipe import Recipe
 
 # The smallest vocabulary that holds the tokens of the probe: the head is reckoned by itself.
@@ -46,18 +48,20 @@ class BlockCost:
 
 
 def measure_block(
-    recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, kinds: list[str], rows: int, length: int
+    recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, kinds: list[str], lengths: Sequence[int]
 ) -> BlockCost:
-    """Return the cost of one block with adapters on its modules `kinds`, for `rows` rows of `length` tokens."""
+    """Return the cost of one block with adapters on its modules `kinds`, for a batch of rows of these lengths."""
     section = {key: value for key, value in recipe.adapter.items() if key not in WHOLE_MODEL_KEYS}
     recipe = replace(recipe, adapter={**section, "target_modules": kinds})
     seconds, kept = [], []
     for blocks in (1, 2):
         base = AutoModelForCausalLM.from_config(_shortened(config, blocks), dtype=dtype)
         base.to("cuda" if torch.cuda.is_available() else "cpu")
+        # What SFTTrainer does to a model.
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         model = add_adapter(recipe, base).train()
-        kept.append(_run(model, rows, length)[1])
-        seconds.append(min(_run(model, rows, length)[0] for _ in range(REPEATS)))
+        kept.append(_run(model, lengths)[1])
+        seconds.append(min(_run(model, lengths)[0] for _ in range(REPEATS)))
     return BlockCost(max(seconds[1] - seconds[0], 1e-6), kept[1] - kept[0], max(0, 2 * kept[0] - kept[1]))
 
 
@@ -72,7 +76,7 @@ def _shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
     return short
 
 
-def _run(model: PeftModel, rows: int, length: int) -> tuple[float, int]:
+def _run(model: PeftModel, lengths: Sequence[int]) -> tuple[float, int]:
     """Return the seconds of forward and backward and the bytes kept in between, weights not counted."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -83,17 +87,12 @@ def _run(model: PeftModel, rows: int, length: int) -> tuple[float, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
-    mask = torch.ones_like(ids)
-    # A batch without padding would take a shorter way through attention.
-    mask[0, -1:] = 0
-    base = model.get_base_model()
-    assert isinstance(base, PreTrainedModel)
-    backbone = base.base_model
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long().to(model.device)
+    batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "labels": (mask - 1) * -IGNORED}
     start = _now()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    hidden.sum().backward()
+        loss = model(**batch, use_cache=False, fused_lm_head=True).loss
+    loss.backward()
     return _now() - start, sum(kept.values())
 
 

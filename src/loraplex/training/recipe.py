@@ -56,8 +56,6 @@ class TrainingOptions:
     """Tokens per row; longer rows lose their end, rows that lose their whole completion are dropped and counted."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens are learned."""
-    padding_free: bool = False
-    """Lay the rows of a batch end to end instead of padding them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     autocast: bool = False
