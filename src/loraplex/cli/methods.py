@@ -109,7 +109,7 @@ def _render(description: dict[str, Any]) -> list[RenderableType]:
             _presets(description),
         ),
         _table("Methods by axis", ("axis", "method", "summary", "parameters", "paper"), _members(axes)),
-        _table("What a method offers to and needs from the others", ("", *_names(axes)), _capabilities(axes)),
+        *_capability_table(axes),
         *_pairs_table(description),
     ]
 
@@ -117,10 +117,14 @@ def _render(description: dict[str, Any]) -> list[RenderableType]:
 def _table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> RenderableType:
     from rich.table import Table
 
+    filled = [list(row) for row in rows]
     table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
+    for index, heading in enumerate(headings):
+        cells = [heading, *(row[index] for row in filled if index < len(row))]
+        # A short word is not broken to make room for a long sentence.
+        is_short = all(len(line) <= 10 for cell in cells for line in cell.splitlines())
+        table.add_column(heading, overflow="fold", no_wrap=is_short)
+    for row in filled:
         table.add_row(*row)
     return table
 
@@ -135,21 +139,18 @@ def _members(axes: dict[str, Any]) -> list[list[str]]:
     return [[axis, *(entry[key] for key in keys)] for axis, entries in axes.items() for entry in entries]
 
 
-def _names(axes: dict[str, Any]) -> list[str]:
-    return [f"{axis}\n{entry['name']}" for axis, entries in axes.items() for entry in entries]
-
-
-def _capabilities(axes: dict[str, Any]) -> list[list[str]]:
-    """Return one row per capability: who offers it, who needs it."""
+def _capability_table(axes: dict[str, Any]) -> list[RenderableType]:
+    """Return the table of what every method offers and needs, and under it what the headings mean."""
     from loraplex.adapters.registry import Capability
 
-    entries = [entry for entries in axes.values() for entry in entries]
+    words = {capability.value: capability.name.lower().replace("_", " ") for capability in Capability}
+    verbs = {"provides": "offers", "needs": "needs"}
     rows = []
-    for capability in Capability:
-        verbs = {"provides": "offers", "needs": "needs"}
-        cells = (" ".join(verb for key, verb in verbs.items() if capability in entry[key]) for entry in entries)
-        rows.append([capability.value, *cells])
-    return rows
+    for entry in (entry for entries in axes.values() for entry in entries):
+        cells = (" ".join(verb for key, verb in verbs.items() if meaning in entry[key]) for meaning in words)
+        rows.append([entry["name"], *cells])
+    table = _table("What a method offers to the others and needs from them", ("method", *words.values()), rows)
+    return [table, *(f"{word}: {meaning}" for meaning, word in words.items())]
 
 
 def _pairs_table(description: dict[str, Any]) -> list[RenderableType]:
