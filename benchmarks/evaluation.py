@@ -96,16 +96,16 @@ def _accuracy(records: dict[str, Record], right: list[int | None], step: int, dt
     Raises:
         ContestantError: the libraries do not agree on the answers.
     """
+    # By contestant and item; a slice that came twice is counted once.
     answers = {
-        name: {part["slice"]: part["chosen"] for part in record.extra} for name, record in sorted(records.items())
+        name: {
+            part["slice"] * step + place: choice for part in record.extra for place, choice in enumerate(part["chosen"])
+        }
+        for name, record in records.items()
     }
     found: dict[str, Any] = {}
-    for name, slices in answers.items():
-        chosen = {part * step + place: choice for part, some in slices.items() for place, choice in enumerate(some)}
-        ours = {
-            part * step + place: choice for part, some in answers["ours"].items() for place, choice in enumerate(some)
-        }
-        differing = sum(ours[item] != choice for item, choice in chosen.items())
+    for name, chosen in answers.items():
+        differing = sum(answers["ours"][item] != choice for item, choice in chosen.items())
         if differing > _DIFFERENT_ANSWERS[dtype] * len(chosen):
             raise ContestantError(f"{name} answers {differing} of {len(chosen)} items otherwise than loraplex")
         correct = sum(right[item] == choice for item, choice in chosen.items())
