@@ -149,7 +149,14 @@ def test_an_interruption_is_status_130(capsys: pytest.CaptureFixture[str], messa
 
 def test_ctrl_c_in_a_real_process() -> None:
     command = [sys.executable, "-c", script_with("wait", "print('ready', flush=True); time.sleep(60)")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
