@@ -96,6 +96,7 @@ def _needs(found: Estimate) -> RenderableType:
         "optimizer": "state of the adapter",
         "activations": "kept for the backward pass of the largest batch",
         "head": "logits, a slice of the positions at a time",
+        "passing": "comes and goes in the backward pass, library scratch",
     }
     for name, note in explained.items():
         table.add_row(name, _bytes(getattr(memory, name)), note)
