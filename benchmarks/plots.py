@@ -94,7 +94,7 @@ def _growth(result: Result) -> Figure:
         for axes, title in zip(grid[:, column], ("real tokens per second", "peak memory, GB"), strict=True):
             axes.set_xscale("log", base=2)
             axes.set_xticks(values, [str(value) for value in values])
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max(max(line.get_ydata()) for line in axes.lines))
             axes.set_xlabel(axis)
             axes.set_title(title)
             axes.spines[["top", "right"]].set_visible(False)

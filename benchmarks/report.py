@@ -13,12 +13,12 @@ from benchmarks.terminal import output
 
 PAGE = ROOT / "docs" / "performance.md"
 NAMES = {
-    "ours": "loraplex under SFTTrainer",
-    "ours-lora": "loraplex LoRA under SFTTrainer",
+    "ours": "loraplex",
+    "ours-lora": "loraplex LoRA",
     "ours-bare": "loraplex, forward and backward alone",
-    "peft-best": "PEFT under SFTTrainer, padding-free (its best)",
-    "peft-padded": "PEFT under SFTTrainer, padded",
-    "peft-shipped": "PEFT under SFTTrainer, shipped defaults",
+    "peft-best": "PEFT, padding-free (its best)",
+    "peft-padded": "PEFT, padded",
+    "peft-shipped": "PEFT, shipped defaults",
     "limit": "the limit: frozen model, no adapters",
     "lm-eval-default": "lm-evaluation-harness, its default batch size of 1",
     "lm-eval-best": "lm-evaluation-harness, its best batch size",
@@ -97,21 +97,22 @@ def _ratios(result: Result) -> str:
 
 
 def ahead(comparisons: Iterable[Result]) -> str:
-    """Return the line that says where another project is ahead, and where a goal is missed."""
+    """Return the lines that say where another project is ahead, and where a goal is missed."""
     entries = list(comparisons)
     lost = [entry for entry in entries if entry["over"].startswith(_PEERS) and not entry["ahead"]]
     missed = [entry for entry in entries if entry["reached"] is False]
     lines = [
-        f"**{NAMES.get(entry['over'], entry['over'])} is ahead** in {entry['quantity']} of "
-        f"{NAMES.get(entry['of'], entry['of'])}: ratio {entry['median']:.3f}."
+        f"**{NAMES.get(entry['over'], entry['over'])} is ahead** of {NAMES.get(entry['of'], entry['of'])} in "
+        f"{entry['quantity']}: ratio {entry['median']:.3f}."
         for entry in lost
     ] or ["No peer is ahead in this table."]
     lines += [
         f"Goal missed: {entry['quantity']} of {NAMES.get(entry['of'], entry['of'])} over "
-        f"{NAMES.get(entry['over'], entry['over'])} is {entry['median']:.3f}, wanted {entry['goal']:g}."
+        f"{NAMES.get(entry['over'], entry['over'])} is {entry['median']:.3f} ({results.bounds(entry)}), "
+        f"wanted {entry['goal']:g}."
         for entry in missed
     ]
-    return "\n".join(lines)
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def _training(result: Result) -> list[str]:
@@ -140,7 +141,12 @@ def _evaluation(result: Result) -> list[str]:
         for name, entry in result["accuracy"].items()
     )
     probed = ", ".join(f"{size}: {rate:.1f}" for size, rate in result["batch_sizes_probed"].items())
-    return [*_contest(result), _table(head, rows), f"Items per second of the harness by batch size: {probed}."]
+    return [
+        *_contest(result),
+        _table(head, rows),
+        f"Items per second of the harness by batch size: {probed}.",
+        "![evaluation](performance/evaluation.png)",
+    ]
 
 
 def _startup(result: Result) -> list[str]:
