@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraplex.evaluation import log_probs
 from loraplex.evaluation.log_probs import SHARES_PROMPTS, ScoredItem, completion_log_probs
+from loraplex.kernels.packed_attention import PACKED_ATTENTION
 
 VOCABULARY = 64
 SIZES = {
@@ -82,6 +83,13 @@ def test_a_shared_prompt_gives_what_single_rows_give(model_type: str) -> None:
     model, items = make_model(model_type), make_items()
     assert log_probs._shares_prompts(model)
     assert_equal(completion_log_probs(model, items, batch_size=4), naive(model.eval(), items), 1e-12)
+
+
+def test_a_model_that_has_trained_without_padding_still_shares_its_prompts() -> None:
+    model, items = make_model("llama"), make_items()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    assert log_probs._shares_prompts(model)
+    assert_equal(completion_log_probs(model, items), naive(model, items), 1e-12)
 
 
 @pytest.mark.parametrize("model_type", [*OTHERS, "llama"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loraplex.evaluation.batches import evaluating, length_batches
+from loraplex.kernels.packed_attention import PACKED_ATTENTION
 
 # Model types whose attention was seen to take a mask of its own making (tests/evaluation/test_log_probs.py runs each);
 # the others get one completion a row.
@@ -149,7 +150,7 @@ def _shares_prompts(model: nn.Module) -> bool:
     peft_config = getattr(model, "active_peft_config", None)
     return (
         config.model_type in SHARES_PROMPTS
-        and config._attn_implementation == "sdpa"
+        and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
         and not is_windowed
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not getattr(peft_config, "is_prompt_learning", False)
