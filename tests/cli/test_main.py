@@ -172,3 +172,14 @@ def test_our_warnings_are_plain_lines_and_news_for_developers_is_left_out() -> N
     command = [sys.executable, "-c", script_with("warn", body)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "warning: two rows were cut\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_spin_briefly_unless_the_user_says_how_they_wait(environment: dict[str, str], spins: str) -> None:
+    command = [sys.executable, "-c", script_with("show", "import os; print(os.environ.get('GOMP_SPINCOUNT'))")]
+    inherited = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{spins}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -125,6 +126,10 @@ def _show_warning(message: Warning | str, *where: object, **others: object) -> N
 @click.pass_context
 def cli(ctx: click.Context, traceback: bool) -> None:
     """Train, compare and deploy the whole LoRA family on Hugging Face models."""
+    # Read by GNU OpenMP when torch is imported. Threads that wait by spinning for long take the cores from whoever has
+    # work: beside another busy process a training step took five times as long.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
