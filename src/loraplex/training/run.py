@@ -190,9 +190,10 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
         reloaded, reload = save_checked(model, run.folder.adapter, token_ids, identity, fresh_base)
     run.say(
         "saved",
-        f"{run.folder.adapter}, reloaded and compared on {reload.rows} rows in {reload.dtype}: a logit of up to "
-        f"{reload.largest_logit:.3g} differs by {reload.difference:.2g} at most in loraplex, "
-        f"by {reload.difference_peft:.2g} in PEFT",
+        f"{run.folder.adapter}, reloaded and compared on {reload.rows} rows: "
+        f"{'equal to the bit' if reload.difference == 0 else f'equal up to {reload.difference:.2g}'} in loraplex, in "
+        f"stock PEFT within {reload.dtype} rounding ({reload.difference_peft:.2g} on logits of up to "
+        f"{reload.largest_logit:.3g})",
     )
     return reloaded, asdict(reload)
 
