@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
-from loraplex.kernels.magnitude import magnitude_linear, row_norm, squared_row_norm
+from loraplex.kernels.magnitude import magnitude_linear, positive_root, row_norm, squared_row_norm
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class MagnitudeDirection(Combine):
         # the name must contain "lora_magnitude_vector": TRL exempts it from its bfloat16 cast by name
         start = torch.ones(site.out_features)
         if not site.meta:
-            square = squared_row_norm(site.weight().detach())
-            start = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+            # the root that `row_norm` takes, so that m / n is exactly 1 at the start
+            start = positive_root(squared_row_norm(site.weight().detach()))
             if not site.identity:
                 start = start * (1 + torch.rand(start.shape, generator=site.generator()).to(start))
         self.lora_magnitude_vector = nn.Parameter(start)

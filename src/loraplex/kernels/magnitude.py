@@ -51,8 +51,12 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, square: Tensor) -> Tensor:
         a, b = a.to(dtype), b.to(dtype)
         cross = torch.cat([part @ a.T for part in _row_blocks(weight, dtype)])
         inner = torch.addmm(cross.mul_(2), b, a @ a.T)
-        total: Tensor = square + torch.linalg.vecdot(inner, b)
-        return total.clamp_min(torch.finfo(dtype).tiny).sqrt()
+        return positive_root(square + torch.linalg.vecdot(inner, b))
+
+
+def positive_root(square: Tensor) -> Tensor:
+    """Return √n² (out,), n² clamped at the smallest normal number: no row has norm 0, so m / n is finite."""
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
 def _row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
