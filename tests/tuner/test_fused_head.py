@@ -147,3 +147,16 @@ def test_models_that_cannot_be_packed_say_why():
     eager = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
     assert "packing needs 'sdpa'" in unsupported(eager)
     assert unsupported(LlamaForCausalLM(LlamaConfig(**SIZES))) is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_packing_under_gradient_checkpointing_changes_no_gradient(ragged, reentrant):
+    model = adapted().train()
+    plain = gradients(model, model(**ragged, fused_lm_head=True))
+    assert model.config._attn_implementation == PACKED_ATTENTION
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = gradients(model, model(**ragged, fused_lm_head=True))
+    assert plain
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-6, atol=1e-9, msg=name)

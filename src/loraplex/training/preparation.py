@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from loraplex.data import Example, Tokenized, read_examples, tokenize
+from loraplex.data import Example, Tokenized, read_examples, tokenize_once
 from loraplex.errors import UserError
 from loraplex.training.arguments import trainer_arguments
 from loraplex.training.documentation import adapter_keys
@@ -79,8 +79,8 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         examples = [example for index, example in enumerate(examples) if index not in chosen]
     has_test = recipe.data.test is not None and recipe.evaluation.kind != "none"
     return Rows(
-        train=tokenize(examples, tokenizer, options.max_length, options.loss_on),
-        validation=tokenize(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
+        train=tokenize_once(examples, tokenizer, options.max_length, options.loss_on),
+        validation=tokenize_once(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
         test=read_examples(recipe.data, "test") if has_test else [],
     )
 
