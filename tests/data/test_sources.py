@@ -150,3 +150,16 @@ def test_absent_benchmark_sets_are_one_line(tmp_path: Path, monkeypatch: pytest.
 def test_rows_are_read_lazily(tmp_path: Path) -> None:
     source = Path(write(tmp_path / "rows.jsonl", [json.dumps(ROWS[0]), "broken"]))
     assert next(read_json(source, "rows.jsonl")).fields == ROWS[0]
+
+
+def test_short_prompts_are_left_out_of_training_before_the_sample_is_taken(tmp_path: Path) -> None:
+    rows = [{"prompt": " ".join("abcdefgh"[:words]), "completion": "x"} for words in range(1, 9)]
+    source = write(tmp_path / "rows.jsonl", [json.dumps(row) for row in rows])
+    assert [len(prompt.split()) for prompt in read(source, min_words=4)] == [4, 5, 6, 7, 8]
+    assert all(
+        len(prompt.split()) > 3 for seed in range(9) for prompt in read(source, min_words=4, max_train=2, seed=seed)
+    )
+    # Test rows are what they are.
+    assert len(read_examples(DataOptions(test=source, min_words=4), "test")) == 8
+    with pytest.raises(UserError, match="min_words 9 leaves none of the 8 rows: lower it"):
+        read(source, min_words=9)

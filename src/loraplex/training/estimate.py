@@ -19,10 +19,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from loraplex.errors import UserError
 from loraplex.models.loading import resolve_model
 from loraplex.training.preparation import Rows, adapter_config
 from loraplex.training.probe import BlockCost, measure_block
 from loraplex.training.recipe import Recipe
+from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import SiteLayer
 from loraplex.tuner.packing import unsupported
 
@@ -123,11 +125,13 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     Raises:
         UserError: for whatever makes the recipe's adapter impossible on this model.
     """
-    config = AutoConfig.from_pretrained(resolve_model(recipe.model.name))
-    dtype = getattr(torch, recipe.model.dtype) if recipe.model.dtype != "auto" else config.dtype or torch.float32
+    adapter = adapter_config(recipe)
+    if not isinstance(adapter, AdapterConfig):
+        raise UserError("plan estimates loraplex's own adapters, this recipe has a peft section: leave it out")
+    config, dtype = model_config(recipe)
     model = build_without_weights(recipe, config, dtype)
     kinds = list(_kinds(model))
-    padded = adapter_config(recipe).padding_free is False or unsupported(model.get_base_model()) is not None
+    padded = adapter.padding_free is False or unsupported(model.get_base_model()) is not None
     batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows], padded)
     names = [kind.name for kind in kinds if kind.sites]
     block = measure_block(recipe, config, dtype, names, batches.largest)
@@ -142,6 +146,14 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
         memory=_memory(recipe, model, config, batches, block),
         seconds=_seconds(recipe, model, config, batches, block, learned),
     )
+
+
+def model_config(recipe: Recipe) -> tuple[PretrainedConfig, torch.dtype]:
+    """Return the configuration of the recipe's base model and the data type of its weights."""
+    config = AutoConfig.from_pretrained(resolve_model(recipe.model.name))
+    if recipe.model.dtype != "auto":
+        return config, getattr(torch, recipe.model.dtype)
+    return config, config.dtype or torch.float32
 
 
 def build_without_weights(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> PeftModel:

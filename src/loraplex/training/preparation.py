@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraplex.data import Example, Tokenized, read_examples, tokenize_once
@@ -16,6 +16,7 @@ from loraplex.errors import UserError
 from loraplex.training.arguments import trainer_arguments
 from loraplex.training.documentation import adapter_keys
 from loraplex.training.recipe import Recipe
+from loraplex.training.stock import Allocating, allocates, stock_config
 from loraplex.training.trainer import FiniteWatch, RunTrainer, Sealing
 from loraplex.tuner.config import AdapterConfig
 
@@ -31,12 +32,16 @@ class Rows:
     test: list[Example]
 
 
-def adapter_config(recipe: Recipe) -> AdapterConfig:
+def adapter_config(recipe: Recipe) -> PeftConfig:
     """Return the config of the recipe's adapter section; all linear layers and the recipe's seed where it is silent.
 
+    A recipe with a `peft` section gets that config of stock PEFT.
+
     Raises:
-        UserError: for values and combinations that loraplex refuses.
+        UserError: for values and combinations that loraplex or PEFT refuses.
     """
+    if recipe.peft:
+        return stock_config(recipe.peft, recipe.training.max_steps)
     return AdapterConfig(**_adapter_section(recipe), task_type="CAUSAL_LM")
 
 
@@ -44,6 +49,8 @@ def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with every field of the adapter section spelled out."""
     names = {key.path.removeprefix("adapter.") for key in adapter_keys()}
     config = adapter_config(recipe)
+    if not isinstance(config, AdapterConfig):
+        return recipe
     written: dict[str, Any] = {}
     for entry in fields(AdapterConfig):
         if entry.name in names:
@@ -77,12 +84,21 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         chosen = set(random.Random(recipe.data.seed).sample(range(len(examples)), options.validation_rows))
         held_out = [example for index, example in enumerate(examples) if index in chosen]
         examples = [example for index, example in enumerate(examples) if index not in chosen]
-    has_test = recipe.data.test is not None and recipe.evaluation.kind != "none"
+    if recipe.evaluation.rows == "validation" and not held_out:
+        raise UserError("evaluation.rows is 'validation', but no row is held out: set training.validation_rows above 0")
     return Rows(
         train=tokenize_once(examples, tokenizer, options.max_length, options.loss_on),
         validation=tokenize_once(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
-        test=read_examples(recipe.data, "test") if has_test else [],
+        test=_rows_to_measure(recipe, held_out),
     )
+
+
+def _rows_to_measure(recipe: Recipe, held_out: list[Example]) -> list[Example]:
+    if recipe.evaluation.kind == "none":
+        return []
+    if recipe.evaluation.rows == "validation":
+        return held_out
+    return read_examples(recipe.data, "test") if recipe.data.test is not None else []
 
 
 def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
@@ -103,7 +119,7 @@ def build_trainer(
         train_dataset=_dataset(rows.train),
         eval_dataset=_dataset(rows.validation) if rows.validation else None,
         processing_class=tokenizer,
-        callbacks=[FiniteWatch(), Sealing()],
+        callbacks=[FiniteWatch(), Sealing(), *([Allocating()] if allocates(model) else [])],
     )
 
 

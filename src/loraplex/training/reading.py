@@ -44,13 +44,22 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: one line that names the file or option, the key, the value and what is expected.
     """
-    path = Path(path)
+    _, mapping = load_mapping(Path(path))
+    given = parse_overrides(overrides)
+    return recipe_from_mapping(mapping, given, source=str(path))
+
+
+def load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return a YAML file as text and as the mapping it has to be.
+
+    Raises:
+        UserError: when there is no such file, or it is not a mapping.
+    """
     text = _read_text(path)
     mapping = _load_yaml(text, str(path))
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(mapping).__name__}")
-    given = parse_overrides(overrides)
-    return recipe_from_mapping(mapping, given, source=str(path))
+    return text, mapping
 
 
 def recipe_from_mapping(

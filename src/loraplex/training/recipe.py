@@ -5,6 +5,7 @@ The `adapter` section is the one exception: its keys are the fields of `AdapterC
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -92,6 +93,8 @@ class EvaluationOptions:
     """Option log-likelihood, exact match of a greedy answer, or its first label (LLM-Adapters); "auto": by the rows."""
     normalize: Literal["sum", "characters"] = "sum"
     """Which option log-likelihood decides: summed, or divided by the option's characters."""
+    rows: Literal["test", "validation"] = "test"
+    """Which rows: the test rows, or the training rows held out as `training.validation_rows`."""
     before: bool = True
     """Measure the base model too."""
     items_at_once: Count = 16
@@ -112,9 +115,24 @@ class Recipe:
     """The frozen base model."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """Fields of loraplex.AdapterConfig by name; `adapter: dora` is short for `adapter: {adapter: dora}`."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """A configuration of stock PEFT instead of `adapter`, by its own names: {peft_type: LORA, r: 8}."""
     training: TrainingOptions = TrainingOptions()
     """How long, how fast and how carefully to train."""
     evaluation: EvaluationOptions = EvaluationOptions()
     """What is measured on the test rows."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of adapter initialization, row order and dropout."""
+
+    @property
+    def adapter_name(self) -> str:
+        """What is trained, in a few words."""
+        if self.peft:
+            return f"PEFT {str(self.peft.get('peft_type', '')).upper()}"
+        name = self.adapter.get("adapter", "lora")
+        return name if isinstance(name, str) else json.dumps(name)
+
+    def __post_init__(self) -> None:
+        """Refuse two adapters."""
+        if self.adapter and self.peft:
+            raise UserError("the recipe has both an adapter and a peft section: give one of them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from loraplex.allocation.plan import Plan
     from loraplex.training.measuring import Measured
@@ -45,6 +45,7 @@ class _Run:
     folder: RunFolder
     say: Callable[[str, str], None]
     progress: bool
+    callbacks: Sequence[TrainerCallback]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -61,11 +62,13 @@ def train(
     overwrite: bool = False,
     say: Callable[[str, str], None] = lambda topic, text: None,
     progress: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Train as the recipe says and return what came out; everything is in the folder `recipe.output`.
 
     `resume` goes on from the last whole checkpoint, to the bit-equal result of an uninterrupted run; `overwrite`
-    replaces an earlier run. `say` is told (topic, text) as the run proceeds, `progress` shows bars.
+    replaces an earlier run. `say` is told (topic, text) as the run proceeds, `progress` shows bars, `callbacks` join
+    those of the trainer.
 
     Raises:
         UserError: for whatever the user can mend, before anything is lost.
@@ -80,7 +83,7 @@ def train(
     from loraplex.training.memory import start_peak
 
     recipe = preparation.resolve(recipe)
-    run = _Run(recipe, RunFolder(recipe.output), say, progress)
+    run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
     run.folder.check(recipe, resume=resume, overwrite=overwrite)
     # Names and values first: they cost nothing, the model does.
     trainer_arguments(recipe, run.folder.checkpoints)
@@ -132,7 +135,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
     if resume:
         run.say("resume", f"from {checkpoint}" if checkpoint else "no checkpoint was written yet, from the start")
     interruption, clock = Interruption(), Clock()
-    for callback in (interruption, clock, *([ProgressBar()] if run.progress else [])):
+    for callback in (interruption, clock, *([ProgressBar()] if run.progress else []), *run.callbacks):
         trainer.add_callback(callback)
     set_seed(run.recipe.seed)
     try:
@@ -178,7 +181,8 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
     from loraplex.models.loading import load_model
     from loraplex.training.saving import save_checked
 
-    _plan(model).save(run.folder.plan)
+    if _is_ours(model):
+        _plan(model).save(run.folder.plan)
     token_ids = [row["input_ids"] for row in rows.train.rows]
 
     def fresh_base() -> PreTrainedModel:
@@ -188,13 +192,7 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
 
     with run.timed("saving"):
         reloaded, reload = save_checked(model, run.folder.adapter, token_ids, identity, fresh_base)
-    run.say(
-        "saved",
-        f"{run.folder.adapter}, reloaded and compared on {reload.rows} rows: "
-        f"{'equal to the bit' if reload.difference == 0 else f'equal up to {reload.difference:.2g}'} in loraplex, in "
-        f"stock PEFT within {reload.dtype} rounding ({reload.difference_peft:.2g} on logits of up to "
-        f"{reload.largest_logit:.3g})",
-    )
+    run.say("saved", f"{run.folder.adapter}, reloaded and compared on {reload.rows} rows: {reload}")
     return reloaded, asdict(reload)
 
 
@@ -224,8 +222,7 @@ def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:
 
     write_json(run.folder.environment, environment())
     if metrics["loss"]:
-        name = run.recipe.adapter["adapter"]
-        title = f"{name if isinstance(name, str) else json.dumps(name)} on {run.recipe.model.name}"
+        title = f"{run.recipe.adapter_name} on {run.recipe.model.name}"
         speed = metrics["speed"]
         subtitle = f"{metrics['steps']} steps, {speed['tokens_per_second']:.0f} tokens/s"
         draw_loss(run.folder.plot, metrics["loss"], metrics["validation"], title, subtitle)
@@ -243,9 +240,19 @@ def _plan(model: PeftModel) -> Plan:
     return Plan({layer.site: layer.adapter(model.active_adapter).factors.open_ranks for layer in layers})
 
 
+def _is_ours(model: PeftModel) -> bool:
+    from loraplex.tuner.model import LoraplexTuner
+
+    return isinstance(model.base_model, LoraplexTuner)
+
+
 def _parameters(model: PeftModel) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     trainable, total = model.get_nb_trainable_parameters()
-    return {"sites": len(_plan(model).adapted), "trainable": trainable, "total": total, "share": trainable / total}
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    sites = len(_plan(model).adapted) if _is_ours(model) else adapted
+    return {"sites": sites, "trainable": trainable, "total": total, "share": trainable / total}
 
 
 def _row_counts(rows: Rows) -> dict[str, int]:
