@@ -81,6 +81,15 @@ def growth(rounds: int | None, quick: bool) -> None:
 
 
 @main.command()
+@_options
+def power(rounds: int | None, quick: bool) -> None:
+    """False positives and power of the comparison's tests, by simulation; a round is a repetition, 2000 by default."""
+    from benchmarks.power import run
+
+    run(_plan(rounds, quick, default=2000, warm_up=0))
+
+
+@main.command()
 @click.option("--results", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=COMMITTED)
 def report(folder: Path) -> None:
     """Fill docs/performance.md and its plots from the results."""

@@ -63,12 +63,13 @@ def train(
     say: Callable[[str, str], None] = lambda topic, text: None,
     progress: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    count_flops: bool = False,
 ) -> RunResult:
     """Train as the recipe says and return what came out; everything is in the folder `recipe.output`.
 
     `resume` goes on from the last whole checkpoint, to the bit-equal result of an uninterrupted run; `overwrite`
     replaces an earlier run. `say` is told (topic, text) as the run proceeds, `progress` shows bars, `callbacks` join
-    those of the trainer.
+    those of the trainer, `count_flops` adds the operations per token to the metrics (it costs a step).
 
     Raises:
         UserError: for whatever the user can mend, before anything is lost.
@@ -80,6 +81,7 @@ def train(
     from loraplex.training import preparation
     from loraplex.training.arguments import trainer_arguments
     from loraplex.training.base_model import describe_base
+    from loraplex.training.flops import flops_per_token
     from loraplex.training.memory import start_peak
 
     recipe = preparation.resolve(recipe)
@@ -104,6 +106,7 @@ def train(
     memory = {"resident_before_bytes": start_peak(), "resident_after_loading_bytes": resident}
     trained = _fit(run, trainer, resume)
     memory["peak_bytes"] = trained.pop("peak_bytes")
+    operations = flops_per_token(trainer) if count_flops else None
     reloaded, reload = _save(run, model, rows, identity)
     after = _measure(run, "after", reloaded, tokenizer, rows)
     metrics = {
@@ -112,6 +115,7 @@ def train(
         "parameters": parameters,
         "rows": _row_counts(rows),
         "memory": memory,
+        "flops_per_token": operations,
         "seconds": run.seconds,
         "reload": reload,
         "base_model": identity,

@@ -1,0 +1,96 @@
+"""`loraplex compare`: arms × seeds under one budget in, evidence out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from loraplex.cli.recipe_arguments import split_arguments, write_keys
+from loraplex.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from loraplex.comparison.results import Comparison
+    from loraplex.comparison.summary import Summary
+
+
+class CompareCommand(click.Command):
+    """A command whose help lists the keys of a comparison."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the keys that a comparison has beside those of a training recipe."""
+        from loraplex.comparison.documentation import comparison_keys
+
+        for title, keys in comparison_keys().items():
+            write_keys(formatter, title, keys)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("All other keys are those of a training recipe: see 'loraplex train --help'.")
+
+
+@click.command(cls=CompareCommand, context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS]")
+@click.option("--quiet", is_flag=True, help="Print the result only.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--KEY VALUE]...")
+def compare(arguments: tuple[str, ...], quiet: bool) -> None:
+    """Compare ways of adapting one model on one task, as the file RECIPE says.
+
+    Every arm gets the same rows in the same order and the same budget of trainable parameters; the differences come
+    with intervals that allow for seeds and items. Called again, it goes on where it stopped; arms and seeds that are
+    added later reuse what is there. The output folder gets report.html, results.json and CSV files.
+    """
+    from loraplex.comparison.recipe import read_comparison
+
+    path, overrides = split_arguments(arguments)
+    recipe = read_comparison(path, overrides)
+
+    from loraplex.comparison.compare import compare as run
+    from loraplex.comparison.statistics import summarize
+
+    def say(topic: str, text: str) -> None:
+        if not quiet:
+            click.echo(f"{topic + ':':11} {text}")
+
+    comparison = run(recipe, say=say, progress=not quiet)
+    _print(comparison, summarize(comparison))
+    click.echo(f"report:     {recipe.output / 'report.html'}")
+    failed = [f"{arm.name} seed {run.seed} ({run.error})" for arm in comparison.arms for run in arm.runs if run.error]
+    if failed:
+        raise UserError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+
+
+def _print(comparison: Comparison, summary: Summary) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print()
+    console.print(_table(comparison, summary))
+    for text in (summary.beforehand, *(contrast.sentence for contrast in summary.contrasts)):
+        console.print(text, markup=False)
+
+
+def _table(comparison: Comparison, summary: Summary) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title=comparison.name, title_justify="left")
+    table.add_column("arm")
+    for heading in ("accuracy", "95 % interval", "between seeds", "parameters", "s/step"):
+        table.add_column(heading, justify="right")
+    if comparison.base is not None and comparison.base.accuracy is not None:
+        table.add_row("base model", f"{comparison.base.accuracy:.3f}", "", "", "0", "", style="dim")
+    found = {statistics.arm: statistics for statistics in summary.arms}
+    for arm in comparison.arms:
+        steps = [run.seconds_per_step for run in arm.runs if run.seconds_per_step is not None]
+        speed = f"{sum(steps) / len(steps):.2f}" if steps else ""
+        parameters = f"{arm.trainable:,}{'' if arm.within_budget else ' *'}"
+        statistics = found.get(arm.name)
+        if statistics is None:
+            table.add_row(arm.name, "–", "", "", parameters, speed)
+            continue
+        interval = "{:.3f} – {:.3f}".format(*statistics.interval) if statistics.interval else "one seed"
+        spread = "" if statistics.between_seeds is None else f"{statistics.between_seeds:.3f}"
+        table.add_row(arm.name, f"{statistics.mean:.3f}", interval, spread, parameters, speed)
+    if not all(arm.within_budget for arm in comparison.arms):
+        table.caption, table.caption_justify = "* more than 2 % off the budget", "left"
+    return table

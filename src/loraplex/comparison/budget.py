@@ -1,0 +1,203 @@
+"""Ranks from a parameter budget: the whole trainable part of an arm is counted, on the model without its weights.
+
+With every site at rank r or r + 1 the count comes within a site's step of the budget. Which sites get the extra rank is
+decided by position alone: k of n sites, evenly spread in the order of the model's modules, so the same arm always gets
+the same plan. A site's scale s stays what the arm says at its own rank: alpha moves with the rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PretrainedConfig
+
+from loraplex.adapters.registry import parse_adapter
+from loraplex.errors import UserError
+from loraplex.training.estimate import build_without_weights, model_config
+from loraplex.training.preparation import adapter_config
+from loraplex.training.recipe import Recipe
+from loraplex.tuner.config import AdapterConfig
+
+# An arm within this share of the budget counts as on it.
+TOLERANCE = 0.02
+LARGEST_RANK = 1 << 14
+_AMOUNT = re.compile(r"([0-9]*\.?[0-9]+)\s*([kKmMbB%]?)")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+@dataclass(frozen=True)
+class Solved:
+    """An arm's recipe with its ranks, and what it trains."""
+
+    recipe: Recipe
+    trainable: int
+    within_budget: bool
+
+
+class Counter:
+    """Trainable parameters of recipes on one base model; nothing is counted twice."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        config, dtype = model_config(recipe)
+        self._config: PretrainedConfig = config
+        self._dtype: torch.dtype = dtype
+        self._found: dict[str, tuple[int, int, list[str]]] = {}
+
+    def trainable(self, recipe: Recipe) -> int:
+        """Return the number of trained parameters, whatever kind they are."""
+        return self._count(recipe)[0]
+
+    def total(self, recipe: Recipe) -> int:
+        """Return the number of parameters of the base model."""
+        trainable, everything, _ = self._count(recipe)
+        return everything - trainable
+
+    def sites(self, recipe: Recipe) -> list[str]:
+        """Return the names of the adapted modules in the order of the model."""
+        return self._count(recipe)[2]
+
+    def _count(self, recipe: Recipe) -> tuple[int, int, list[str]]:
+        key = repr((recipe.adapter, recipe.peft, recipe.training.max_steps))
+        if key not in self._found:
+            model = build_without_weights(recipe, self._config, self._dtype)
+            trainable, total = model.get_nb_trainable_parameters()
+            modules = model.get_base_model().named_modules()
+            adapted = [name for name, module in modules if isinstance(module, BaseTunerLayer)]
+            self._found[key] = (trainable, total, adapted)
+        return self._found[key]
+
+
+def parse_budget(text: str | float, model_parameters: int) -> int:
+    """Return the number of parameters that "0.5%" of the model, "1.2M" or a plain number is.
+
+    Raises:
+        UserError: for anything else, or for nothing at all.
+    """
+    match = _AMOUNT.fullmatch(str(text).strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"budget is {text!r}: give a share of the model (0.5%), an amount (1.2M) or a number above 0")
+    amount, unit = float(match[1]), match[2].lower()
+    return round(amount / 100 * model_parameters if unit == "%" else amount * _UNITS[unit])
+
+
+def parse_match(text: str, shared: Recipe) -> Recipe:
+    """Return the recipe whose parameters are the budget: "lora r=16" over the shared recipe.
+
+    Raises:
+        UserError: when the text is not an adapter's name with options.
+    """
+    name, *options = text.split()
+    section: dict[str, Any] = {key: value for key, value in shared.adapter.items() if key in ("target_modules",)}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"match is '{text}': write an adapter and its options, such as 'lora r=16'")
+        section[key] = int(value) if value.lstrip("-").isdigit() else value
+    parse_adapter(name)
+    return replace(shared, adapter={**section, "adapter": name}, peft={})
+
+
+def solve(recipe: Recipe, budget: int, counter: Counter) -> Solved:
+    """Return the recipe with the largest ranks that the budget pays for.
+
+    An adapter whose count does not follow r, and one that costs more than the budget at rank 1, come back as they are.
+    """
+    if not _has_rank(recipe):
+        return fixed(recipe, budget, counter)
+    if counter.trainable(_at(recipe, 1)) > budget:
+        return fixed(_at(recipe, 1), budget, counter)
+    limit = _largest(lambda r: _fits(_at(recipe, r), budget, counter), LARGEST_RANK)
+    if limit == LARGEST_RANK:
+        return fixed(recipe, budget, counter)
+    sites = counter.sites(_at(recipe, limit))
+    if not _has_pattern(recipe):
+        return fixed(_at(recipe, limit), budget, counter)
+    extra = _largest(lambda k: _fits(_at(recipe, limit, spread(sites, k)), budget, counter), len(sites) - 1)
+    return fixed(_at(recipe, limit, spread(sites, extra)), budget, counter)
+
+
+def fixed(recipe: Recipe, budget: int | None, counter: Counter) -> Solved:
+    """Return the recipe as it is with its count."""
+    trainable = counter.trainable(recipe)
+    return Solved(recipe, trainable, budget is None or abs(trainable - budget) <= TOLERANCE * budget)
+
+
+def spread(sites: Sequence[str], count: int) -> list[str]:
+    """Return `count` of the sites at even distances."""
+    return [site for i, site in enumerate(sites) if (i + 1) * count // len(sites) > i * count // len(sites)]
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest number from 0 to `limit` that fits, where every smaller one does; 0 where none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, high * 2
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _fits(recipe: Recipe, budget: int, counter: Counter) -> bool:
+    try:
+        return counter.trainable(recipe) <= budget
+    except UserError:
+        # The rank is above what a site of this model can have.
+        return False
+
+
+def _has_rank(recipe: Recipe) -> bool:
+    return not recipe.peft or (hasattr(adapter_config(recipe), "r") and "r" not in recipe.peft)
+
+
+def _has_pattern(recipe: Recipe) -> bool:
+    config = adapter_config(recipe)
+    # AdaLoRA's is what it found, not what it is to do.
+    return hasattr(config, "rank_pattern") and not hasattr(config, "target_r")
+
+
+def _at(recipe: Recipe, rank: int, one_more: Sequence[str] = ()) -> Recipe:
+    """Return the recipe with its rank replaced and its scale kept; `one_more` are sites with one rank more."""
+    config = adapter_config(recipe)
+    if isinstance(config, AdapterConfig):
+        scale = config.typed_adapter.factors.scale
+        section = {**recipe.adapter, **_ranks("alpha", config.alpha, config.r, scale, rank, one_more)}
+        return replace(recipe, adapter=section)
+    alpha = getattr(config, "lora_alpha", None)
+    if alpha is None:
+        return replace(recipe, peft={**recipe.peft, "r": rank})
+    own: int = config.r  # type: ignore[attr-defined]
+    scale = _rooted if getattr(config, "use_rslora", False) else _plain
+    ranks = _ranks("lora_alpha", alpha, own, scale, rank, one_more)
+    return replace(recipe, peft={**recipe.peft, **ranks})
+
+
+def _ranks(
+    alpha_key: str, alpha: float, r: int, scale: Callable[[float, int], float], rank: int, one_more: Sequence[str]
+) -> dict[str, Any]:
+    """Return the keys that set the ranks, with every alpha such that scale(alpha, rank) is scale(alpha, r)."""
+
+    def alpha_at(other: int) -> float:
+        return alpha * scale(1, r) / scale(1, other)
+
+    keys: dict[str, Any] = {"r": rank, alpha_key: alpha_at(rank)}
+    if one_more:
+        names = [re.escape(site) for site in one_more]
+        keys["rank_pattern"] = dict.fromkeys(names, rank + 1)
+        keys["alpha_pattern"] = dict.fromkeys(names, alpha_at(rank + 1))
+    return keys
+
+
+def _plain(alpha: float, rank: int) -> float:
+    return alpha / rank
+
+
+def _rooted(alpha: float, rank: int) -> float:
+    return alpha / math.sqrt(rank)

@@ -1,0 +1,296 @@
+"""A whole comparison: ranks, learning rates, runs, results, report. What `loraplex compare` does, as a function."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraplex.allocation.plan import Plan
+from loraplex.comparison.budget import Counter, Solved, fixed, parse_budget, parse_match, solve
+from loraplex.comparison.collecting import collect, collect_base, environment
+from loraplex.comparison.jobs import Job, Kind, make_job
+from loraplex.comparison.recipe import ComparisonRecipe
+from loraplex.comparison.results import Arm, Comparison, Run, Trial, write_results
+from loraplex.comparison.statistics import expected_detectable
+from loraplex.comparison.sweep import default_jobs, run_jobs
+from loraplex.errors import UserError
+from loraplex.training.recipe import Recipe, TrainingOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Say = Callable[[str, str], None]
+COMPUTE = "compute"
+
+
+@dataclass
+class _Sweep:
+    """A comparison in progress."""
+
+    recipe: ComparisonRecipe
+    say: Say
+    progress: bool
+    solved: dict[str, Solved] = field(default_factory=dict)
+    budget: int | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return self.recipe.output
+
+    def carry_out(self, jobs: list[Job], what: str) -> None:
+        """Run the jobs that are not finished, with one bar over all of their steps."""
+        waiting = [job for job in jobs if not job.finished]
+        if len(waiting) < len(jobs):
+            self.say(what, f"{len(jobs) - len(waiting)} of {len(jobs)} are there already")
+        at_once = self.recipe.options.jobs or default_jobs()
+        with _bar(sum(job.steps for job in waiting), what, self.progress) as advance:
+            self.errors |= run_jobs(waiting, at_once, self.output / "logs", advance)
+        for job in waiting:
+            if job.name in self.errors:
+                self.say("failed", f"{job.name}: {self.errors[job.name]}")
+
+
+def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, progress: bool = False) -> Comparison:
+    """Carry out a comparison and return it; everything is in the folder `recipe.output`, the report included.
+
+    What is there already from an earlier, interrupted or smaller comparison is kept. A run that fails is reported, in
+    the results too, and ends none of the others.
+
+    Raises:
+        UserError: for whatever the user can mend, before anything is trained.
+        KeyboardInterrupt: on Ctrl-C; the same call goes on from there.
+    """
+    from filelock import FileLock, Timeout
+
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(recipe.output / ".lock", timeout=0):
+            return _compare(_Sweep(recipe, say, progress))
+    except Timeout:
+        raise UserError(
+            f"another comparison is writing to '{recipe.output}': wait for it, or choose another output"
+        ) from None
+
+
+def _compare(sweep: _Sweep) -> Comparison:
+    from loraplex.comparison.page import write_report
+
+    recipe = sweep.recipe
+    items = _check_rows(sweep)
+    _solve(sweep)
+    contrasts = len(recipe.arms) - 1
+    if contrasts and items:
+        seeds = len(recipe.options.seeds)
+        found = expected_detectable(items, seeds, contrasts)
+        sweep.say(
+            "beforehand", f"{seeds} seeds and {items} items can show differences of about {100 * found:.1f} points"
+        )
+    if recipe.options.match == COMPUTE:
+        _match_compute(sweep)
+    trials = _choose_rates(sweep)
+    base = _base_job(sweep)
+    runs = {name: [_run_job(sweep, name, seed) for seed in recipe.options.seeds] for name in recipe.arms}
+    # Seed by seed: an interrupted comparison has compared something.
+    ordered = [runs[name][index] for index in range(len(recipe.options.seeds)) for name in recipe.arms]
+    sweep.carry_out([base, *ordered] if items else ordered, "runs")
+    arms = [
+        Arm(
+            name=name,
+            summary=_describe(sweep.solved[name].recipe, recipe.arms[recipe.reference].training),
+            learning_rate=sweep.rates[name],
+            trainable=sweep.solved[name].trainable,
+            within_budget=sweep.solved[name].within_budget,
+            runs=[collect(job, sweep.errors.get(job.name)) for job in runs[name]],
+            trials=trials[name],
+        )
+        for name in recipe.arms
+    ]
+    comparison = _comparison(sweep, arms, collect_base(base, sweep.errors.get(base.name)), environment(ordered))
+    write_results(comparison, sweep.output)
+    write_report([comparison], sweep.output)
+    return comparison
+
+
+def _check_rows(sweep: _Sweep) -> int:
+    """Read all data once, before anything else, and return the number of test items."""
+    from loraplex.models.loading import load_tokenizer
+    from loraplex.training.preparation import read_rows
+
+    first = sweep.recipe.arms[sweep.recipe.reference]
+    rows = read_rows(first, load_tokenizer(first.model.name))
+    sweep.say("rows", f"{len(rows.train.rows):,} to train on, {len(rows.test):,} to test on")
+    return len(rows.test)
+
+
+def _solve(sweep: _Sweep) -> None:
+    """Give every arm its ranks and write the plans of those whose sites differ."""
+    recipe, options = sweep.recipe, sweep.recipe.options
+    reference = recipe.arms[recipe.reference]
+    counter = Counter(reference)
+    if options.budget is not None:
+        sweep.budget = parse_budget(options.budget, counter.total(reference))
+    elif options.match not in (None, COMPUTE):
+        sweep.budget = counter.trainable(parse_match(str(options.match), reference))
+    for name, arm in recipe.arms.items():
+        if sweep.budget is None or name in recipe.own_rank:
+            solved = fixed(arm, sweep.budget, counter)
+        else:
+            solved = solve(arm, sweep.budget, counter)
+        sweep.solved[name] = solved
+        sweep.rates[name] = solved.recipe.training.learning_rate
+        note = "" if solved.within_budget else f", off the budget of {sweep.budget:,}"
+        sweep.say(
+            "arm", f"{name}: {_describe(solved.recipe, reference.training)}, {solved.trainable:,} parameters{note}"
+        )
+        _write_plan(sweep, name, solved, counter)
+
+
+def _write_plan(sweep: _Sweep, name: str, solved: Solved, counter: Counter) -> None:
+    from loraplex.training.preparation import adapter_config
+    from loraplex.tuner.config import AdapterConfig
+
+    config = adapter_config(solved.recipe)
+    if isinstance(config, AdapterConfig) and config.rank_pattern:
+        folder = sweep.output / "plans"
+        folder.mkdir(exist_ok=True)
+        Plan({site: config.rank_of(site) for site in counter.sites(solved.recipe)}).save(folder / f"{name}.json")
+
+
+def _count_flops(sweep: _Sweep) -> dict[str, float]:
+    """Return the operations per trained token of every arm whose count succeeded."""
+    jobs = {name: make_job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name), sweep.output) for name in sweep.solved}
+    sweep.carry_out(list(jobs.values()), "operations")
+    return {name: job.metrics()["flops_per_token"] for name, job in jobs.items() if job.finished}
+
+
+def _quiet(sweep: _Sweep, name: str) -> Recipe:
+    """Return an arm's recipe without what does not change its operations: they are counted once for all of those."""
+    recipe = sweep.solved[name].recipe
+    return replace(recipe, training=replace(recipe.training, learning_rate=1e-4), seed=0)
+
+
+def _match_compute(sweep: _Sweep) -> None:
+    """Give the cheaper arms more steps, until all arms have the operations of the dearest."""
+    flops = _count_flops(sweep)
+    missing = [name for name in sweep.solved if name not in flops]
+    if missing:
+        raise UserError(
+            f"match: compute needs the operations of {missing[0]}: {sweep.errors.get(missing[0] + '-flops')}"
+        )
+    most = max(flops.values())
+    for name, solved in sweep.solved.items():
+        training = solved.recipe.training
+        if training.max_steps is None:
+            raise UserError("match: compute changes the number of steps: set training.max_steps")
+        steps = round(training.max_steps * most / flops[name])
+        sweep.solved[name] = replace(solved, recipe=replace(solved.recipe, training=replace(training, max_steps=steps)))
+        sweep.say("steps", f"{name}: {steps}")
+
+
+def _choose_rates(sweep: _Sweep) -> dict[str, list[Trial]]:
+    """Choose the learning rate of every arm on validation rows and return what was tried."""
+    jobs: dict[str, list[Job]] = {}
+    seed = sweep.recipe.options.seeds[0]
+    for name, rates in sweep.recipe.learning_rates.items():
+        arm = sweep.solved[name].recipe
+        evaluation = replace(arm.evaluation, rows="validation", before=False)
+        jobs[name] = []
+        for rate in rates:
+            trial = replace(arm, seed=seed, evaluation=evaluation, training=replace(arm.training, learning_rate=rate))
+            jobs[name].append(make_job(Kind.TRAIN, f"{name}-lr{rate:g}", trial, sweep.output))
+    if everything := [job for trials in jobs.values() for job in trials]:
+        sweep.carry_out(everything, "learning rates")
+    found = {name: [_trial(job, sweep.errors.get(job.name)) for job in trials] for name, trials in jobs.items()}
+    for name, trials in found.items():
+        finished = [trial for trial in trials if trial.accuracy is not None]
+        if finished:
+            # The smaller of two equal ones: it leaves more room above.
+            best = max(finished, key=lambda trial: (trial.accuracy, -trial.learning_rate))
+            sweep.rates[name] = best.learning_rate
+            at_the_edge = best.learning_rate in (
+                min(t.learning_rate for t in trials),
+                max(t.learning_rate for t in trials),
+            )
+            note = ", at the edge of those tried" if at_the_edge and len(trials) > 1 else ""
+            sweep.say("rate", f"{name}: {best.learning_rate:g}{note}")
+    return found
+
+
+def _trial(job: Job, error: str | None) -> Trial:
+    run = collect(job, error)
+    return Trial(job.recipe.training.learning_rate, run.accuracy, run.standard_error, run.error)
+
+
+def _base_job(sweep: _Sweep) -> Job:
+    arm = sweep.recipe.arms[sweep.recipe.reference]
+    bare = Recipe(output="", data=arm.data, model=arm.model, evaluation=arm.evaluation)
+    return make_job(Kind.BASE, "base", bare, sweep.output)
+
+
+def _run_job(sweep: _Sweep, name: str, seed: int) -> Job:
+    arm = sweep.solved[name].recipe
+    recipe = replace(
+        arm,
+        seed=seed,
+        training=replace(arm.training, learning_rate=sweep.rates[name]),
+        evaluation=replace(arm.evaluation, before=False),
+    )
+    return make_job(Kind.TRAIN, f"{name}-s{seed}", recipe, sweep.output)
+
+
+def _describe(recipe: Recipe, common: TrainingOptions) -> str:
+    """Return an arm in a few words: the adapter, its rank, and where its training differs from the reference's."""
+    section: dict[str, Any] = recipe.peft or recipe.adapter
+    words = [recipe.adapter_name]
+    if (rank := section.get("r", 8 if not recipe.peft else None)) is not None:
+        uneven = len({rank, *section.get("rank_pattern", {}).values()}) > 1
+        words.append(f"r={rank}{'–' + str(rank + 1) if uneven else ''}")
+    for key, value in vars(recipe.training).items():
+        if value != getattr(common, key):
+            words.append(f"{key}={value}")
+    return " ".join(words)
+
+
+def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict[str, Any]) -> Comparison:
+    recipe, options = sweep.recipe, sweep.recipe.options
+    first = recipe.arms[recipe.reference]
+    asked = f"budget: {options.budget}" if options.budget is not None else f"match: {options.match or 'nothing'}"
+    return Comparison(
+        name=recipe.path.stem,
+        description=recipe.description,
+        command=f"loraplex compare {shlex.quote(str(recipe.path))}",
+        model=first.model.name,
+        rows=_sources(first),
+        budget=asked,
+        budget_parameters=sweep.budget,
+        reference=recipe.reference,
+        seeds=list(options.seeds),
+        arms=arms,
+        base=base,
+        environment=versions,
+    )
+
+
+def _sources(recipe: Recipe) -> str:
+    """Return where the rows come from, in a line."""
+    names = {split: " and ".join(recipe.data.sources(split)) for split in ("train", "test")}
+    return f"{names['train']}, tested on {names['test']}"
+
+
+@contextmanager
+def _bar(total: int, what: str, shown: bool) -> Iterator[Callable[[Job, int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="step", disable=not shown, smoothing=0.05) as bar:
+
+        def advance(job: Job, steps: int) -> None:
+            bar.set_postfix_str(job.name, refresh=False)
+            bar.update(steps)
+
+        yield advance

@@ -1,0 +1,89 @@
+"""Carries out the jobs of a comparison: several at a time if there are cores, a failure ends none of the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from loraplex.comparison.jobs import Job
+from loraplex.comparison.worker import INTERRUPTED, STEP
+
+# Cores that a single run makes good use of.
+CORES_PER_RUN = 8
+
+Progress = Callable[[Job, int], None]
+"""Told the job and the number of optimizer steps that have been added."""
+
+
+def default_jobs() -> int:
+    """Return how many runs go on at the same time: one on an accelerator, on a CPU as many as the cores allow."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // CORES_PER_RUN)
+
+
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, logs: Path, progress: Progress = lambda job, steps: None
+) -> dict[str, str]:
+    """Carry out every job that is not finished and return the error of each that failed, by its name.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, after the running jobs have saved their state.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting = [job for job in jobs if not job.finished]
+    for job in waiting:
+        job.write_recipe()
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(at_once) as pool:
+        running: dict[Future[str | None], Job] = {
+            pool.submit(_run, job, at_once, logs, progress): job for job in waiting
+        }
+        try:
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, error = running.pop(future), future.result()
+                    if error is not None:
+                        errors[job.name] = error
+        except KeyboardInterrupt:
+            # The jobs got the signal too: they are of the same process group.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return errors
+
+
+def _run(job: Job, at_once: int, logs: Path, progress: Progress) -> str | None:
+    """Carry out one job and return its error, None when it finished."""
+    environment = dict(os.environ)
+    if at_once > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    log = logs / f"{job.name}.log"
+    command = [sys.executable, "-m", "loraplex.comparison.worker", job.kind, str(job.file), str(job.folder)]
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        before = None
+        for line in process.stdout:
+            if line.startswith(STEP):
+                step = int(line.removeprefix(STEP))
+                # A resumed run starts in the middle: what lies before counts when its first step does.
+                progress(job, step - (before or 0))
+                before = step
+    if process.returncode == INTERRUPTED:
+        return "interrupted; the same command goes on with it"
+    if process.returncode != 0 or not job.finished:
+        return _last_line(log) or f"ended with status {process.returncode}, see {log}"
+    return None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ")[:500] if lines else ""

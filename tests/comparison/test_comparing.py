@@ -1,0 +1,223 @@
+"""A whole comparison on a tiny model: complete, continued after a kill, extended without training anything twice."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import write_tiny_recipe
+
+from loraplex.cli.main import main
+from loraplex.comparison.compare import compare
+from loraplex.comparison.recipe import read_comparison
+from loraplex.comparison.results import Comparison, read_results
+from loraplex.errors import UserError
+
+ARMS = """arms:
+  lora: lora
+  dora: dora
+  peft: {peft: {peft_type: LORA, r: 4, lora_alpha: 16}}
+"""
+
+
+def write(folder: Path, model: Path, arms: str = ARMS, extra: str = "seeds: [0, 1]\nmatch: lora r=4\n") -> Path:
+    """Write a comparison over the rows of the tiny recipe."""
+    shared = write_tiny_recipe(folder, model).read_text().replace("max_steps: 6", "max_steps: 4")
+    path = folder / "comparison.yaml"
+    path.write_text(f"# A tiny comparison.\n\n{shared}{extra}{arms}".replace(str(folder / "run"), str(folder / "out")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    path = write(tmp_path_factory.mktemp("comparison"), tiny_model)
+    return path, compare(read_comparison(path))
+
+
+def outcome(comparison: Comparison) -> list[tuple[object, ...]]:
+    """Return everything of a comparison that does not depend on the clock."""
+    return [
+        (arm.name, arm.learning_rate, arm.trainable, run.seed, run.state, run.accuracy, run.loss, run.items, run.flops)
+        for arm in comparison.arms
+        for run in arm.runs
+    ]
+
+
+@pytest.mark.slow
+def test_every_arm_and_seed_is_there(finished: tuple[Path, Comparison]) -> None:
+    _, found = finished
+    assert [arm.name for arm in found.arms] == ["lora", "dora", "peft"]
+    assert all(arm.within_budget and [run.state for run in arm.runs] == ["finished"] * 2 for arm in found.arms)
+    assert found.arm("peft").trainable == found.arm("lora").trainable == found.budget_parameters
+    assert 0.98 * found.budget_parameters <= found.arm("dora").trainable <= found.budget_parameters
+    assert found.base is not None
+    assert len(found.base.items) == 24
+    ids = {tuple(item.id for item in run.items) for arm in found.arms for run in arm.runs}
+    assert ids == {tuple(item.id for item in found.base.items)}
+    assert all(run.flops > 0 and run.file_bytes > 4 * run.trainable for arm in found.arms for run in arm.runs)
+    assert found.description == "A tiny comparison."
+
+
+@pytest.mark.slow
+def test_it_is_written_down(finished: tuple[Path, Comparison]) -> None:
+    path, found = finished
+    folder = path.parent / "out"
+    assert read_results(folder) == found
+    assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 3 * 2
+    assert len((folder / "items.csv").read_text().splitlines()) == 1 + 24 + 3 * 2 * 24
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert json.loads((folder / "plans/dora.json").read_text())["ranks"]
+
+
+@pytest.mark.slow
+def test_the_printed_command_repeats_a_run(finished: tuple[Path, Comparison], tmp_path: Path) -> None:
+    _, found = finished
+    run = found.arm("dora").runs[1]
+    words = run.command.split()
+    assert words[:2] == ["loraplex", "train"]
+    assert main([*words[1:-1], str(tmp_path / "again"), "--quiet"]) == 0
+    again = json.loads((tmp_path / "again/metrics.json").read_text())
+    assert [(entry["step"], entry["loss"]) for entry in again["loss"]] == run.loss
+    assert again["accuracy"]["after"]["value"] == run.accuracy
+
+
+@pytest.mark.slow
+def test_added_arms_and_seeds_reuse_what_is_there(finished: tuple[Path, Comparison], tiny_model: Path) -> None:
+    path, before = finished
+    stamps = {file: file.stat().st_mtime_ns for file in path.parent.glob("out/runs/*/metrics.json")}
+    text = path.read_text().replace("  dora: dora\n", "  low: {adapter: {r: 1}}\n").replace("[0, 1]", "[0, 2]")
+    larger = path.with_name("larger.yaml")
+    larger.write_text(text)
+    said: list[tuple[str, str]] = []
+    found = compare(read_comparison(larger), say=lambda topic, words: said.append((topic, words)))
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    assert [arm.name for arm in found.arms] == ["lora", "low", "peft"]
+    assert not found.arm("low").within_budget
+    assert [run.seed for run in found.arm("lora").runs] == [0, 2]
+    kept = [entry for entry in outcome(before) if entry[0] != "dora" and entry[3] == 0]
+    assert len(kept) == 2
+    assert all(entry in outcome(found) for entry in kept)
+    # The base model and the runs of seed 0 that both have.
+    assert ("runs", "3 of 7 are there already") in said
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_the_same_table(
+    finished: tuple[Path, Comparison], tiny_model: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, tiny_model)
+    path.write_text(path.read_text().replace("[0, 1]", "[0]"))
+    command = [sys.executable, "-m", "loraplex", "compare", str(path), "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    # In the middle: one run is finished, the next one has begun.
+    while not any((tmp_path / "out/runs").glob("*-s0-*/metrics.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/results.json").exists()
+    # Its worker ends with it, so nothing writes into the folder any more.
+    while _workers(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _workers(str(tmp_path))
+    assert main(["compare", str(path), "--quiet"]) == 0
+    mine = str(outcome(read_results(tmp_path / "out"))).replace(str(tmp_path), "")
+    uninterrupted = [entry for entry in outcome(finished[1]) if entry[3] == 0]
+    assert mine == str(uninterrupted).replace(str(finished[0].parent), "")
+
+
+def _workers(folder: str) -> list[int]:
+    """Return the processes that work on a comparison in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if "loraplex.comparison.worker" in (text := entry.read_text()) and folder in text:
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_failing_arm_ends_none_of_the_others(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = "arms:\n  diverges: {adapter: lora, training: {learning_rate: 1e30, max_grad_norm: 0}}\n  lora: lora\n"
+    path = write(tmp_path, tiny_model, arms, "seeds: [3]\nreference: lora\n")
+    assert main(["compare", str(path), "--quiet"]) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"1 runs failed: diverges seed 3 \(the loss is (nan|inf) .*\); the same command tries them again", shown.err)
+    found = read_results(tmp_path / "out")
+    assert [arm.runs[0].state for arm in found.arms] == ["failed", "finished"]
+    assert (tmp_path / "out/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_learning_rates_are_chosen_on_validation_rows_alone(tiny_model: Path, tmp_path: Path) -> None:
+    arms = "arms:\n  lora: lora\n  given: {adapter: dora, learning_rates: []}\n"
+    path = write(tmp_path, tiny_model, arms, "seeds: [0]\nlearning_rates: [1e-6, 1e-2]\n")
+    found = compare(read_comparison(path, ["--training.validation_rows", "8"]))
+    trials = found.arm("lora").trials
+    assert [trial.learning_rate for trial in trials] == [1e-6, 1e-2]
+    best = max(trials, key=lambda trial: (trial.accuracy, -trial.learning_rate))
+    assert found.arm("lora").learning_rate == best.learning_rate
+    assert (found.arm("given").trials, found.arm("given").learning_rate) == ([], 1e-2)
+    (measured,) = {
+        len((folder / "evaluation/after.jsonl").read_text().splitlines())
+        for folder in tmp_path.glob("out/runs/lora-lr*")
+    }
+    assert measured == 8
+    assert len(found.arm("lora").runs[0].items) == 24
+
+
+@pytest.mark.slow
+def test_equal_compute_gives_the_cheaper_arm_more_steps(tiny_model: Path, tmp_path: Path) -> None:
+    arms = "arms:\n  small: {adapter: {r: 1}}\n  large: {adapter: {r: 16}}\n"
+    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\nmatch: compute\n")))
+    small, large = found.arm("small").runs[0], found.arm("large").runs[0]
+    assert large.steps == 4
+    assert small.steps > 4
+    # to within half a step
+    assert abs(small.flops / large.flops - 1) < 0.5 / 4
+
+
+def test_two_comparisons_do_not_share_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    recipe = read_comparison(write(tmp_path, tiny_model))
+    recipe.output.mkdir()
+    with FileLock(recipe.output / ".lock"), pytest.raises(UserError, match="another comparison is writing to"):
+        compare(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("arms:\n", "amrs:\n"), "unknown key 'amrs'. Did you mean 'arms'?"),
+        (("dora: dora", "do/ra: dora"), "arms.do/ra: an arm's name is made of letters"),
+        (("dora: dora", "dora: dorra"), "Did you mean 'dora'?"),
+        (("dora: dora", "dora: {adaptor: dora}"), "arms.dora: unknown key 'adaptor'. Did you mean 'adapter'?"),
+        (("seeds: [0, 1]", "seeds: [0, 0]"), "give at least one, and each of them once"),
+        (("seeds: [0, 1]", "seeds: [a]"), "expected a valid integer"),
+        (("seeds: [0, 1]", "reference: drao"), "reference is 'drao', which is not an arm. Did you mean 'dora'?"),
+        (("seeds: [0, 1]", "budget: 1M"), "give one of them"),
+        (("seeds: [0, 1]", "learning_rates: [1e-3]"), "set training.validation_rows above 0"),
+        (("seeds: [0, 1]", "seed: 3"), "a comparison has seeds, not a seed"),
+        (("match: lora r=4", "match: lora r=four"), "rank"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    change: tuple[str, str], message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, tiny_model)
+    path.write_text(path.read_text().replace(*change))
+    assert main(["compare", str(path)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.glob("out/runs/*")), os.listdir(tmp_path)
