@@ -31,6 +31,8 @@ COMMANDS = {
     "train": LazyCommand("loraplex.cli.train:train", "Train an adapter as a recipe says."),
     "eval": LazyCommand("loraplex.cli.evaluate:evaluate", "Measure an adapter's accuracy, with standard errors."),
     "plan": LazyCommand("loraplex.cli.plan:plan", "Show sites, ranks, parameters, memory and time before training."),
+    "compare": LazyCommand("loraplex.cli.compare:compare", "Compare methods under one budget, with evidence."),
+    "report": LazyCommand("loraplex.cli.report:report", "Write the report of finished comparisons again."),
     "generate": LazyCommand("loraplex.cli.generate:generate", "Let a model with an adapter continue a prompt."),
     "methods": LazyCommand("loraplex.cli.methods:methods", "List the methods and what each of them can do."),
 }

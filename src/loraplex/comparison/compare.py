@@ -15,6 +15,7 @@ from loraplex.comparison.collecting import collect, collect_base, environment
 from loraplex.comparison.jobs import Job, Kind, make_job
 from loraplex.comparison.recipe import ComparisonRecipe
 from loraplex.comparison.results import Arm, Comparison, Run, Trial, write_results
+from loraplex.comparison.sentences import size_sentence
 from loraplex.comparison.statistics import expected_detectable
 from loraplex.comparison.sweep import default_jobs, run_jobs
 from loraplex.errors import UserError
@@ -88,9 +89,7 @@ def _compare(sweep: _Sweep) -> Comparison:
     if contrasts and items:
         seeds = len(recipe.options.seeds)
         found = expected_detectable(items, seeds, contrasts)
-        sweep.say(
-            "beforehand", f"{seeds} seeds and {items} items can show differences of about {100 * found:.1f} points"
-        )
+        sweep.say("beforehand", size_sentence(items, [seeds], contrasts, [found]))
     if recipe.options.match == COMPUTE:
         _match_compute(sweep)
     trials = _choose_rates(sweep)
