@@ -151,7 +151,9 @@ def test_a_failing_arm_ends_none_of_the_others(
     path = write(tmp_path, tiny_model, arms, "seeds: [3]\nreference: lora\n")
     assert main(["compare", str(path), "--quiet"]) == 1
     shown = capsys.readouterr()
-    assert re.search(r"1 runs failed: diverges seed 3 \(the loss is (nan|inf) .*\); the same command tries them again", shown.err)
+    assert re.search(
+        r"1 runs failed: diverges seed 3 \(the loss is (nan|inf) .*\); the same command tries them again", shown.err
+    )
     found = read_results(tmp_path / "out")
     assert [arm.runs[0].state for arm in found.arms] == ["failed", "finished"]
     assert (tmp_path / "out/report.html").is_file()

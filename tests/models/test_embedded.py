@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from loraplex.cache import cache_dir
 from loraplex.errors import UserError
 from loraplex.models import embedded
-from loraplex.cache import cache_dir
 from loraplex.models.loading import load_model, load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

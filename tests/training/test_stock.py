@@ -1,6 +1,7 @@
 """Stock PEFT adapters through our loop: they train, their ranks are moved, and LoRA's losses are those of our LoRA."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,15 @@ def losses(recipe: Recipe, model: PeftModel, folder: Path) -> list[float]:
 @pytest.mark.slow
 def test_from_equal_weights_our_lora_and_peft_s_have_one_loss_curve(tmp_path: Path) -> None:
     """Fp32, 20 steps on SmolLM2: ours without padding and fused, PEFT's padded and projected at every position."""
-    path = tmp_path / "recipe.yaml"
+    words = ["rain", "falls", "on", "the", "hill", "where", "the", "old", "dog", "and", "the", "cat", "sleep"]
+    rows = [{"prompt": " ".join(words[: 2 + i % 9]), "completion": f" {words[i % 7]}"} for i in range(60)]
+    path, data = tmp_path / "recipe.yaml", tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path.write_text(
         f"output: {tmp_path / 'run'}\n"
         "model: {name: embedded, dtype: float32}\n"
         "adapter: {r: 4, alpha: 16}\n"
-        "data: {train: 'builtin:word_sequence_reversal', max_train: 60}\n"
+        f"data: {{train: {data}}}\n"
         "training: {max_steps: 20, batch_size: 3, learning_rate: 1e-3, warmup: 2}\n"
     )
     recipe = read_recipe(path)

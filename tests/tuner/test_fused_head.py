@@ -139,6 +139,18 @@ def test_left_padding_is_left_alone_or_refused(ragged):
         model(**flipped, fused_lm_head=True)
 
 
+def test_flash_attention_stays_and_gets_the_borders(ragged):
+    model = adapted().get_base_model()
+    # The name alone: its kernels need a GPU, and they are not called here.
+    model.config._attn_implementation = "flash_attention_2"
+    batch = pack(model, {k: ragged[k] for k in ("input_ids", "attention_mask")}, "auto")
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert batch.inputs["cu_seq_lens_q"].tolist() == batch.inputs["cu_seq_lens_k"].tolist() == [0, 8, 13, 16]
+    assert batch.inputs["max_length_q"] == batch.inputs["max_length_k"] == 8
+    assert batch.inputs["position_ids"].tolist() == [[*range(8), *range(5), *range(3)]]
+    assert "attention_mask" not in batch.inputs
+
+
 def test_models_that_cannot_be_packed_say_why():
     window = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     assert "layers other than full attention" in unsupported(window)

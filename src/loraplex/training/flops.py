@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loraplex.training.trainer import RunTrainer
 
+
 def flops_per_token(trainer: RunTrainer) -> float:
     """Return the operations of forward and backward pass per real token, over a batch of the training rows.
 

@@ -128,6 +128,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
     """Train and return the losses and the speed; stop where numbers or the user say so."""
     from transformers import set_seed
 
+    from loraplex.training.energy import energy_estimated
     from loraplex.training.memory import peak
     from loraplex.training.report import split_history
     from loraplex.training.trainer import Clock, DivergedError, Interruption, ProgressBar, TrainingInterrupted
@@ -143,7 +144,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
         trainer.add_callback(callback)
     set_seed(run.recipe.seed)
     try:
-        with run.timed("training"), interruption:
+        with energy_estimated() as energy, run.timed("training"), interruption:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except DivergedError as error:
         kept = run.folder.last_checkpoint()
@@ -170,6 +171,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
             "seconds_per_step": round(step_seconds / len(clock.seconds), 4),
         },
         "peak_bytes": peak(),
+        "energy_kwh": energy.kwh,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from loraplex.errors import UserError
 from loraplex.kernels.packed_attention import PACKED_ATTENTION
@@ -34,8 +35,8 @@ def unsupported(model: nn.Module) -> str | None:
     config = model.config.get_text_config()
     if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
         return f"{config.model_type} does not take its attention from transformers' attention interface"
-    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
-        return f"attn_implementation is '{config._attn_implementation}', packing needs 'sdpa'"
+    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION) and not _is_flash(model):
+        return f"attn_implementation is '{config._attn_implementation}', packing needs 'sdpa' or flash attention"
     if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
         return f"{config.model_type} is not a causal language model"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -50,8 +51,9 @@ def unsupported(model: nn.Module) -> str | None:
 def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str) -> Packed | None:
     """Return the batch without padding, None where there is none to take out or the batch must stay as it is.
 
-    `inputs` are the keyword arguments of the backbone, `wanted` is True, False or 'auto'. The model is switched to
-    `PACKED_ATTENTION` once, which is SDPA for everything that is not packed.
+    `inputs` are the keyword arguments of the backbone, `wanted` is True, False or 'auto'. A model on SDPA is switched
+    to `PACKED_ATTENTION` once, which is SDPA for everything that is not packed; flash attention reads the borders
+    itself and stays.
 
     Raises:
         UserError: when `wanted` is True and the model cannot do it.
@@ -71,9 +73,13 @@ def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str) -> Packed
             raise UserError(f"padding_free is on, but {reason}: set it to 'auto' or False")
         return None
     assert isinstance(model, PreTrainedModel)
-    if model.config._attn_implementation != PACKED_ATTENTION:
+    if model.config._attn_implementation != PACKED_ATTENTION and not _is_flash(model):
         model.set_attn_implementation(PACKED_ATTENTION)
     return _lay_out(inputs["input_ids"], mask.bool())
+
+
+def _is_flash(model: PreTrainedModel) -> bool:
+    return bool(is_flash_attention_requested(config=model.config.get_text_config()))
 
 
 def _lay_out(ids: Tensor, mask: Tensor) -> Packed:
