@@ -63,7 +63,7 @@ class AdapterConfig(PeftConfig):
     seed: int | None = field(default=None)
     """Seed of the initialization; drawn from torch's generator and kept when absent."""
     padding_free: bool | Literal["auto"] = field(default="auto")
-    """Take the padding out of batches under SFTTrainer: False never, 'auto' where the model allows, True or refuse."""
+    """Take the padding out of training batches: False never, 'auto' where the model allows, True or refuse."""
     allocation: str = field(default="uniform")
     """Where the ranks go."""
     objective: str = field(default="plain")

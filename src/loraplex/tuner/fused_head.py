@@ -96,4 +96,4 @@ def _output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items
 
 def enabled(kwargs: dict[str, Any]) -> bool:
     """Whether the caller asks for the fused head at all."""
-    return bool(kwargs.get("fused_lm_head")) and not torch.compiler.is_compiling()
+    return bool(kwargs.get("fused_lm_head"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
 from loraplex.errors import UserError, nearest
-from loraplex.tuner import fused_head, saving
+from loraplex.tuner import fused_head, label_loss, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
@@ -92,11 +92,15 @@ class LoraplexTuner(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model; TRL's request for a fused head is answered by `fused_head` where it can be."""
-        if fused_head.enabled(kwargs):
+        """Call the base model, or answer a trainer that asks for less than all logits: `fused_head`, `label_loss`."""
+        if not torch.compiler.is_compiling():
             config = next(iter(self.peft_config.values()))
             assert isinstance(config, AdapterConfig)
-            output = fused_head.answer(self.model, args, kwargs, config.padding_free)
+            output = None
+            if fused_head.enabled(kwargs):
+                output = fused_head.answer(self.model, args, kwargs, config.padding_free)
+            elif self.training and torch.is_grad_enabled():
+                output = label_loss.answer(self.model, args, kwargs, config.padding_free)
             if output is not None:
                 return output
         return self.model(*args, **kwargs)

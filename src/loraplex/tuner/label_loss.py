@@ -1,0 +1,78 @@
+"""The loss of a training step under `transformers.Trainer`, with the head multiplied at labeled positions only.
+
+The Trainer passes `labels` and `num_items_in_batch` and reads nothing but the loss. Calls that look otherwise (a plain
+loop, evaluation, a trainer that wants logits) get the base model's own forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from loraplex.kernels.label_head import label_log_probs
+from loraplex.tuner.packing import pack
+
+_UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"} | {
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
+_PROBE_TOKENS = 4
+_plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Base models by whether their logits are the head's product with the last hidden state and nothing else."""
+
+
+def answer(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], padding_free: bool | str
+) -> CausalLMOutputWithPast | None:
+    """Return an output that holds the loss alone, or None when the base model itself has to compute it.
+
+    `padding_free` is as in `AdapterConfig`; False leaves the whole call to the base model.
+
+    Raises:
+        UserError: when `padding_free` is True and the batch cannot be packed.
+    """
+    labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+    if args or padding_free is False or not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
+        return None
+    if kwargs.get("num_items_in_batch") is None or not kwargs.keys() <= _UNDERSTOOD:
+        return None
+    if kwargs.get("return_dict") is False or any(kwargs.get(f"output_{x}") for x in ("attentions", "hidden_states")):
+        return None
+    if not isinstance(model, PreTrainedModel) or model.loss_function is not ForCausalLMLoss:
+        return None
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    if not _is_plain(model, head, ids):
+        return None
+    inputs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
+    batch = pack(model, inputs, padding_free)
+    hidden = model.base_model(**(batch.inputs if batch else inputs) | {"use_cache": False}).last_hidden_state
+    targets = labels[:, 1:].to(hidden.device)
+    mask = targets != -100
+    rows = hidden[0, batch.place[:, :-1][mask]] if batch else hidden[:, :-1][mask]
+    log_probs, _, _ = label_log_probs(rows.to(head.weight.dtype), head.weight, head.bias, targets[mask])
+    return CausalLMOutputWithPast(loss=-log_probs.sum() / kwargs["num_items_in_batch"])
+
+
+def _is_plain(model: PreTrainedModel, head: nn.Linear, ids: Tensor) -> bool:
+    """Tell whether the model's logits are those of the head alone, from one look at a few tokens of the first batch."""
+    if model not in _plain:
+        seen: list[Tensor] = []
+        hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits
+                mine = head(seen[-1].to(head.weight.dtype))
+        finally:
+            hook.remove()
+        _plain[model] = mine.shape == logits.shape and torch.allclose(mine.float(), logits.float(), 1e-2, 1e-3)
+    return _plain[model]
