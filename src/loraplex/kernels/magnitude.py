@@ -44,30 +44,28 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, square: Tensor) -> Tensor:
 
     n² = ‖W0‖² + 2·rowsum((W0 Aᵀ) ⊙ B) + rowsum((B (A Aᵀ)) ⊙ B), with the accuracy of float32 at least and with
     autocast off, because bfloat16 products leave a relative error of 2.5e-3; n² is clamped at the smallest normal
-    number, because the sum may cancel and a row of W0 may be zero. `square` is ‖W0‖² (out,).
+    number, because the sum may cancel and a row of W0 may be zero. `square` is ‖W0‖² (out,). A and B may be in any
+    type; what they are rounded to is what is measured.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         dtype = square.dtype
-        a, b = a.to(dtype), b.to(dtype)
-        inner = torch.addmm(_cross(weight, a), b, a @ a.T, beta=2)
+        cross, a, b = _cross(weight, a), a.to(dtype), b.to(dtype)
+        inner = torch.addmm(cross, b, a @ a.T, beta=2)
         return positive_root(square + torch.linalg.vecdot(inner, b))
 
 
 def _cross(weight: Tensor, a: Tensor) -> Tensor:
     """Return W0 Aᵀ (out, r) with the accuracy of A's type, float32 at least.
 
-    Under W0 in bfloat16, A = H + L in two bfloat16 parts: P = W0 Hᵀ and W0 Lᵀ, each rounded, and the rounding of P as a
-    third product, W0 Hᵀ − P, whose sum is kept in float32 until the end. Two passes over W0 instead of a cast of all of
-    it, and products in the type that processors are fast in.
+    Where both are in bfloat16, W0 Aᵀ is a product P, rounded, and what rounding took from it, W0 Aᵀ − P, which is summed
+    up in float32 and rounded itself. Two passes over W0 in the type that processors are fast in, instead of a cast of
+    all of it.
     """
-    if weight.dtype != torch.bfloat16 or a.dtype != torch.float32:
-        return torch.cat([part @ a.T for part in _row_blocks(weight, a.dtype)])
-    high = a.to(weight.dtype)
-    low = (a - high).to(weight.dtype)
-    both = weight @ torch.cat([high, low]).T
-    product, correction = both.tensor_split(2, dim=1)
-    rounded_off = torch.addmm(product, weight, high.T, beta=-1)
-    return product.to(a.dtype).add_(correction).add_(rounded_off)
+    if weight.dtype != torch.bfloat16 or a.dtype != torch.bfloat16:
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return torch.cat([part @ a.to(dtype).T for part in _row_blocks(weight, dtype)])
+    product = weight @ a.T
+    return torch.addmm(product, weight, a.T, beta=-1).float().add_(product)
 
 
 def positive_root(square: Tensor) -> Tensor:
@@ -101,8 +99,9 @@ class _MagnitudeLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         scaled = b * s
-        n = row_norm(weight, a, scaled, square)
         a_cast, b_cast = a.to(rows.dtype), scaled.to(rows.dtype)
+        # of the pair as it is multiplied below, rounded like it
+        n = row_norm(weight, a_cast, b_cast, square)
         low = F.linear(rows, a_cast)  # (tokens, r)
         z = F.linear(rows, weight).addmm_(low, b_cast.T)  # (tokens, out)
         ratio = (m / n).to(z.dtype)
