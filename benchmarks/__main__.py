@@ -34,13 +34,13 @@ def main() -> None:
 
 @main.command()
 @_options
-@click.option("--only", type=click.Choice(["lora", "dora"]), help="One adapter instead of both.")
+@click.option("--only", type=click.Choice(["lora", "dora", "pair"]), help="One part; pair: our DoRA and LoRA.")
 def training(rounds: int | None, quick: bool, only: str | None) -> None:
     """Training steps against the limit and against TRL with PEFT."""
     from benchmarks.training import run
 
-    for adapter in (only,) if only else ("lora", "dora"):
-        run(adapter, _plan(rounds, quick))
+    for part in (only,) if only else ("lora", "dora", "pair"):
+        run(part, _plan(rounds, quick, default=45 if part == "pair" else 9))
 
 
 @main.command()

@@ -105,6 +105,7 @@ def _growth(result: Result) -> Figure:
 _DRAWN: dict[str, Callable[[Result], Figure]] = {
     "training-lora": _contest,
     "training-dora": _contest,
+    "training-pair": _contest,
     "evaluation": _contest,
     "layers": _layers,
     "growth": _growth,

@@ -28,6 +28,7 @@ _PEERS = ("peft", "PEFT", "lm-eval", "trl")
 _COMMANDS = {
     "training-lora": "training --only lora",
     "training-dora": "training --only dora",
+    "training-pair": "training --only pair",
     "layers": "layers",
     "evaluation": "evaluation",
     "startup": "startup",
@@ -190,6 +191,7 @@ def _ran_on(result: Result) -> str:
 _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "training-lora": _training,
     "training-dora": _training,
+    "training-pair": _training,
     "layers": _layers,
     "evaluation": _evaluation,
     "startup": _startup,

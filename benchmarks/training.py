@@ -30,8 +30,9 @@ CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
         "limit": TrainingWork("limit"),
         "ours-bare": TrainingWork("loraplex", "dora", "bare"),
     },
+    "pair": {"ours": TrainingWork("loraplex", "dora"), "ours-lora": _OURS_LORA},
 }
-"""By adapter; `bare` is forward and backward without a trainer, like the limit."""
+"""By adapter, and DoRA beside LoRA alone, in more rounds; `bare` is forward and backward without a trainer, like the limit."""
 
 COMPARISONS: dict[str, tuple[Comparison, ...]] = {
     "lora": (
@@ -55,6 +56,7 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
         Comparison("ours", "peft-padded", "memory", goal=0.6),
         Comparison("ours", "peft-shipped", "memory"),
     ),
+    "pair": (Comparison("ours", "ours-lora", "time", goal=1.08), Comparison("ours", "ours-lora", "memory")),
 }
 
 
