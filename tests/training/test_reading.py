@@ -6,11 +6,14 @@ import pytest
 import yaml
 
 from loraplex.cli.main import main
+from loraplex.comparison.recipe import read_comparison
 from loraplex.errors import UserError
 from loraplex.training.documentation import recipe_keys
 from loraplex.training.reading import parse_overrides, read_recipe, recipe_from_mapping, recipe_to_yaml, resolve_key
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+EVERY = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+COMPARISONS = [path for path in EVERY if "\narms:" in path.read_text(encoding="utf-8")]
+RECIPES = [path for path in EVERY if path not in COMPARISONS]
 
 
 def message(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 1) -> str:
@@ -128,6 +131,14 @@ def test_a_recipe_carries_its_command(path: Path) -> None:
     assert f"loraplex train recipes/{path.name}" in path.read_text()
 
 
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_is_read_and_carries_its_command(path: Path) -> None:
+    assert f"loraplex compare recipes/{path.name}" in path.read_text()
+    assert len(read_comparison(path).arms) > 1
+    with pytest.raises(UserError, match=f"is the recipe of a comparison: loraplex compare {path}"):
+        read_recipe(path)
+
+
 def test_every_key_is_documented_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -138,7 +149,9 @@ def test_every_key_is_documented_in_the_help(capsys: pytest.CaptureFixture[str])
 
 def test_the_documented_keys_are_the_ones_that_are_read() -> None:
     written = yaml.safe_load(recipe_to_yaml(recipe_from_mapping({"output": "run"})))
-    sections = {name: value for name, value in written.items() if isinstance(value, dict) and name != "adapter"}
+    sections = {name: value for name, value in written.items() if isinstance(value, dict)}
+    free = {"adapter", "peft"}
+    sections = {name: value for name, value in sections.items() if name not in free}
     paths = {f"{name}.{key}" for name, section in sections.items() for key in section}
     paths |= written.keys() - sections.keys() - {"adapter"}
     assert paths == {key.path for key in recipe_keys() if key.section != "adapter"}

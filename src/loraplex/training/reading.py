@@ -45,6 +45,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one line that names the file or option, the key, the value and what is expected.
     """
     _, mapping = load_mapping(Path(path))
+    if "arms" in mapping:
+        raise UserError(f"{path} is the recipe of a comparison: loraplex compare {path}")
     given = parse_overrides(overrides)
     return recipe_from_mapping(mapping, given, source=str(path))
 
