@@ -1,16 +1,17 @@
 """The log-probabilities of completions given their prompts: log p(c | x) = Σ_t log p(c_t | x, c_<t).
 
-A row holds a prompt and, one after the other, all its completions. The attention mask lets a completion see the prompt
-and itself, and its positions continue those of the prompt: the prompt is computed once for all of them, and the result
-is that of separate rows. Its prompts are padded on the left, so that all completions of a batch begin in one column.
-A model that does not take such a mask gets a row for every completion, padded on the right, which any model takes.
-Only the columns from the last of a prompt on go through the output layer.
+An item is a prompt and, one after the other, all its completions. A mask lets a completion see the prompt and itself,
+and its positions continue those of the prompt: the prompt is computed once for all of them, and the result is that of
+separate rows. The items of a batch lie end to end in one row, without padding, each attending within itself alone.
+A model that does not take its attention so gets a row for every completion, padded on the right, which any model takes.
+Only the columns that foretell a token of a completion go through the output layer.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,93 +55,122 @@ def completion_log_probs(
     rows = list(items) if share else [ScoredItem(i.prompt, [c]) for i in items for c in i.completions]
     width = batch_size if share else batch_size * max((len(item.completions) for item in items), default=1)
     found: list[list[float]] = [[] for _ in rows]
-    with evaluating(model), tqdm(total=len(rows), desc="options", disable=not progress, leave=False) as bar:
+    with (
+        evaluating(model),
+        _attending_by_sequence(model) if share else nullcontext(),
+        tqdm(total=len(rows), desc="options", disable=not progress, leave=False) as bar,
+    ):
         for batch in length_batches([len(row) for row in rows], width, MOST_TOKENS):
-            for index, values in zip(batch, _score(model, [rows[index] for index in batch], share), strict=True):
+            layout = _lay_out([rows[index] for index in batch], packed=share)
+            for index, values in zip(batch, _score(model, layout), strict=True):
                 found[index] = values
             bar.update(len(batch))
     flat = iter(value for values in found for value in values)
     return [tuple(next(flat) for _ in item.completions) for item in items]
 
 
-def _score(model: nn.Module, batch: Sequence[ScoredItem], share: bool) -> list[list[float]]:
-    """Run one batch and return the log-probability of every completion of every row."""
-    layout = _Layout(batch, align=share)
-    logits = _forward(model, layout, share)
-    totals = torch.zeros(
-        sum(len(row.completions) for row in batch), dtype=torch.promote_types(logits.dtype, torch.float32)
-    )
-    steps = (layout.rows, layout.columns, layout.targets, layout.owners)
+@dataclass(frozen=True)
+class _Layout:
+    """The tensors of a batch, and for every completion token where its logits are."""
+
+    inputs: dict[str, Any]
+    """Arguments of the model."""
+    columns: Tensor
+    """(steps,) columns whose logits are wanted, the same ones in every row."""
+    places: tuple[Tensor, Tensor]
+    """(completion tokens,) each: row, and index into `columns`, of what foretells a token."""
+    targets: Tensor
+    """(completion tokens,)"""
+    owners: Tensor
+    """(completion tokens,) number of the completion within the batch."""
+    completions: list[int]
+    """Number of completions of every item."""
+
+
+def _score(model: nn.Module, layout: _Layout) -> list[list[float]]:
+    """Run one batch and return the log-probability of every completion of every item."""
+    logits = _forward(model, layout)
+    device = logits.device
+    totals = torch.zeros(sum(layout.completions), dtype=torch.promote_types(logits.dtype, torch.float32))
+    steps = (*layout.places, layout.targets, layout.owners)
     for rows, columns, targets, owners in zip(*(step.split(MOST_LOGITS) for step in steps), strict=True):
-        wanted = logits[rows.to(logits.device), columns.to(logits.device)].to(totals.dtype)
-        picked = wanted.gather(1, targets.to(logits.device)[:, None])[:, 0] - wanted.logsumexp(dim=1)
+        wanted = logits[rows.to(device), columns.to(device)].to(totals.dtype)
+        picked = wanted.gather(1, targets.to(device)[:, None])[:, 0] - wanted.logsumexp(dim=1)
         totals.index_add_(0, owners, picked.cpu())
     values = iter(totals.tolist())
-    return [[next(values) for _ in row.completions] for row in batch]
+    return [[next(values) for _ in range(count)] for count in layout.completions]
 
 
-class _Layout:
-    """The tensors of a batch, and for every completion token where its logits are.
-
-    ids, positions, segments: (rows, columns); a segment is −1 for padding, 0 for the prompt, 1, 2, ... for completions.
-    rows, columns, targets, owners: (completion tokens,); `columns` count from column `first`, the earliest that
-    foretells a token of a completion.
-    """
-
-    def __init__(self, batch: Sequence[ScoredItem], align: bool) -> None:
-        longest = max(len(row.prompt) for row in batch)
-        # Where the completions of a row begin.
-        borders = [longest if align else len(row.prompt) for row in batch]
-        width = max(border + len(row) - len(row.prompt) for border, row in zip(borders, batch, strict=True))
-        self.first = min(borders) - 1
-        self.ids = torch.zeros(len(batch), width, dtype=torch.long)
-        self.positions = torch.zeros_like(self.ids)
-        self.segments = torch.full_like(self.ids, -1)
-        steps: list[tuple[int, int, int, int]] = []
-        owner = 0
-        for index, (border, row) in enumerate(zip(borders, batch, strict=True)):
-            length = len(row.prompt)
-            self._place(index, border - length, row.prompt, position=0, segment=0)
-            start = border
-            for segment, completion in enumerate(row.completions, start=1):
-                self._place(index, start, completion, position=length, segment=segment)
-                for offset, target in enumerate(completion):
-                    # The first token is foretold by the prompt's last, the others by the one before them.
-                    column = (border if offset == 0 else start + offset) - 1
-                    steps.append((index, column - self.first, target, owner))
-                start += len(completion)
-                owner += 1
-        self.rows, self.columns, self.targets, self.owners = torch.tensor(steps, dtype=torch.long).reshape(-1, 4).T
-
-    def _place(self, index: int, start: int, ids: list[int], position: int, segment: int) -> None:
-        columns = slice(start, start + len(ids))
-        self.ids[index, columns] = torch.tensor(ids, dtype=torch.long)
-        self.positions[index, columns] = torch.arange(position, position + len(ids))
-        self.segments[index, columns] = segment
+def _lay_out(batch: Sequence[ScoredItem], packed: bool) -> _Layout:
+    """Return the batch as one row without padding, each prompt once, or as a row for every prompt with its completion."""
+    lengths = [len(item) for item in batch]
+    ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+    positions, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
+    steps: list[tuple[int, int, int, int]] = []
+    owner = 0
+    for index, item in enumerate(batch):
+        border = start = len(item.prompt)
+        parts = [item.prompt, *item.completions]
+        ids[index, : lengths[index]] = torch.tensor([token for part in parts for token in part])
+        positions[index, :border], segments[index, :border] = torch.arange(border), 0
+        for segment, completion in enumerate(item.completions, start=1):
+            end = start + len(completion)
+            positions[index, start:end] = torch.arange(border, border + len(completion))
+            segments[index, start:end] = segment
+            # The first token is foretold by the prompt's last, the others by the one before them.
+            before = [border - 1, *range(start, end - 1)]
+            steps += [(index, column, target, owner) for column, target in zip(before, completion, strict=False)]
+            start, owner = end, owner + 1
+    rows, columns, targets, owners = torch.tensor(steps, dtype=torch.long).reshape(-1, 4).T
+    real = segments >= 0
+    inputs: dict[str, Any]
+    if packed:
+        borders = nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+        rows, columns = torch.zeros_like(rows), borders[rows] + columns
+        masks = [_tree_mask(row[:length]) for row, length in zip(segments, lengths, strict=True)]
+        inputs = {"input_ids": ids[real][None], "position_ids": positions[real][None], "sequence_masks": masks}
+        inputs |= {"cu_seq_lens_q": borders.int(), "cu_seq_lens_k": borders.int()}
+        inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    else:
+        inputs = {"input_ids": ids, "attention_mask": real.long()}
+    wanted, places = columns.unique(return_inverse=True)
+    counts = [len(item.completions) for item in batch]
+    return _Layout(inputs, wanted, (rows, places), targets, owners, counts)
 
 
 def _tree_mask(segments: Tensor) -> Tensor:
-    """Return which columns each column attends to, (rows, 1, columns, columns): those before it in its own branch."""
-    width = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    same_branch = (key == query) | (key == 0)
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    # Padding attends to itself, because a row of the softmax with nothing in it is not a number.
-    return ((key >= 0) & same_branch & causal | torch.eye(width, dtype=torch.bool))[:, None]
+    """Return which columns each column of an item attends to, (columns, columns): those before it in its own branch."""
+    query, key = segments[:, None], segments[None, :]
+    return ((key == query) | (key == 0)).tril()
 
 
-def _forward(model: nn.Module, layout: _Layout, share: bool) -> Tensor:
-    """Return the logits from column `layout.first` on, (rows, columns − first, vocabulary)."""
+def _forward(model: nn.Module, layout: _Layout) -> Tensor:
+    """Return the logits of the wanted columns, (rows, wanted, vocabulary)."""
     device = next(model.parameters()).device
-    keep = layout.ids.shape[1] - layout.first
-    mask = _tree_mask(layout.segments) if share else (layout.segments >= 0).long()
-    extra: dict[str, Any] = {"position_ids": layout.positions.to(device)} if share else {}
+    inputs = {name: _to(value, device) for name, value in layout.inputs.items()}
+    columns = layout.columns.to(device)
     if "logits_to_keep" in inspect.signature(_base(model).forward).parameters:
-        extra["logits_to_keep"] = keep
-    logits: Tensor = model(
-        input_ids=layout.ids.to(device), attention_mask=mask.to(device), use_cache=False, **extra
-    ).logits
-    return logits[:, -keep:]
+        logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        return logits
+    return model(**inputs, use_cache=False).logits[:, columns]  # type: ignore[no-any-return]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [tensor.to(device) for tensor in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _attending_by_sequence(model: nn.Module) -> Iterator[None]:
+    """Let the model attend within packed sequences inside the block, and as before after it."""
+    base = _base(model)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(PACKED_ATTENTION)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
 
 
 def _shares_prompts(model: nn.Module) -> bool:

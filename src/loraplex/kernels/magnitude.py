@@ -57,9 +57,9 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, square: Tensor) -> Tensor:
 def _cross(weight: Tensor, a: Tensor) -> Tensor:
     """Return W0 Aᵀ (out, r) with the accuracy of A's type, float32 at least.
 
-    Where both are in bfloat16, W0 Aᵀ is a product P, rounded, and what rounding took from it, W0 Aᵀ − P, which is summed
-    up in float32 and rounded itself. Two passes over W0 in the type that processors are fast in, instead of a cast of
-    all of it.
+    Where both are in bfloat16, W0 Aᵀ is a product P, rounded, and what rounding took from it, W0 Aᵀ − P, which is
+    summed up in float32 and rounded itself. Two passes over W0 in the type that processors are fast in, instead of a
+    cast of all of it.
     """
     if weight.dtype != torch.bfloat16 or a.dtype != torch.bfloat16:
         dtype = torch.promote_types(a.dtype, torch.float32)

@@ -6,6 +6,7 @@ attention interface takes it unpatched. Whatever is not packed (a padded batch, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def packed_attention(
     """Return the attention output (batch, T, heads, d) and no weights, as transformers' attention functions do.
 
     query (batch, heads, T, d), key and value (batch, key heads, T', d). The borders of packed sequences are read from
-    `cu_seq_lens_q`, or from `position_ids` that start again.
+    `cu_seq_lens_q`, or from `position_ids` that start again. `sequence_masks`, where given, has a boolean mask (t, t)
+    for every packed sequence, true where a query (row) sees a key; it takes the place of the causal one.
 
     Raises:
         UserError: for what it does not know how to compute: softcapped logits, attention sinks, and over packed
@@ -55,16 +57,19 @@ def packed_attention(
         )
         return output, None
     _refuse(module, max(lengths), kwargs)
+    masks: Sequence[Tensor | None] | None = kwargs.get("sequence_masks")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if causal and not dropout and query.device.type == "cpu" and max(lengths) <= LONGEST:
+    if masks is None and causal and not dropout and query.device.type == "cpu" and max(lengths) <= LONGEST:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return sequence_attention(query, key, value, lengths, scale), None
     # split, not slices: the backward pass of a split is one concatenation, that of every slice a full tensor of zeros
+    grouped = query.shape[1] != key.shape[1]
+    split = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     parts = [
         F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            q, k, v, mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped
         )
-        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        for (q, k, v), mask in zip(split, masks or [None] * len(lengths), strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 
@@ -87,7 +92,8 @@ def _lengths(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | 
         ends = [*starts, query.shape[2]]
         return [end - start for start, end in zip([0, *starts], ends, strict=True)]
     lengths: list[int] = borders.diff().tolist()
-    return lengths if len(lengths) > 1 and query.shape[0] == 1 else None
+    several = len(lengths) > 1 or kwargs.get("sequence_masks") is not None
+    return lengths if several and query.shape[0] == 1 else None
 
 
 def _refuse(module: torch.nn.Module, longest: int, kwargs: dict[str, Any]) -> None:
