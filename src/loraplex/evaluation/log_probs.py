@@ -102,7 +102,7 @@ def _score(model: nn.Module, layout: _Layout) -> list[list[float]]:
 
 
 def _lay_out(batch: Sequence[ScoredItem], packed: bool) -> _Layout:
-    """Return the batch as one row without padding, each prompt once, or as a row for every prompt with its completion."""
+    """Return the batch as one row without padding, each prompt once, or as a row for every completion."""
     lengths = [len(item) for item in batch]
     ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
     positions, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
