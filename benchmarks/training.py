@@ -32,7 +32,7 @@ CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
     },
     "pair": {"ours": TrainingWork("loraplex", "dora"), "ours-lora": _OURS_LORA},
 }
-"""By adapter, and DoRA beside LoRA alone, in more rounds; `bare` is forward and backward without a trainer, like the limit."""
+"""By adapter, and DoRA beside LoRA alone, in more rounds; `bare` is forward and backward without a trainer."""
 
 COMPARISONS: dict[str, tuple[Comparison, ...]] = {
     "lora": (
