@@ -3,12 +3,14 @@
 import importlib
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from loraplex import Adapter
 from loraplex.adapters.contracts import SiteAdapter, SiteInit
 from loraplex.adapters.registry import Axis, illegal
+from loraplex.errors import UserError
 from loraplex.methods import REGISTRY
 from loraplex.tuner.layer import FrozenLinear
 
@@ -56,21 +58,31 @@ class BuiltSite:
         """The oracle's output, on the same tensors."""
         factors, combine = (oracle(method.name) for method in self.options.methods)
         raw = dict(self.adapter.factors.named_parameters()) | dict(self.adapter.factors.named_buffers())
-        a, b = factors.pair(self.options.factors, self.alpha, self.adapter.factors.rank, raw)
+        a, b = factors.pair(self.options.factors, self.alpha, self.adapter.factors.rank, self.base.weight, raw)
         own = dict(self.adapter.combine.named_parameters())
         weight = combine.weight(self.options.combine, self.base.weight, a, b, self.adapter.factors.gate, own)
         bias = 0 if self.base.bias is None else self.base.bias
         return x @ weight.T + bias
 
 
+def fits(options: Adapter, in_features: int, out_features: int, rank: int) -> bool:
+    """Whether this rank is allowed; when not, building must fail with the name of the site."""
+    if rank <= options.factors.largest_rank(in_features, out_features):
+        return True
+    with pytest.raises(UserError, match=r"layers\.0\.site"):
+        build(options, in_features, out_features, rank)
+    return False
+
+
 def build(
     options: Adapter, in_features: int, out_features: int, rank: int, *, bias: bool = True, dtype=torch.float64,
     name: str = "layers.0.site", seed: int = 7, perturb: bool = True, alpha: float = 5.0, dropout: float = 0.0,
+    identity: bool = True,
 ) -> BuiltSite:  # fmt: skip
     """Build a site, by default away from its initial point: every trainable is perturbed."""
     torch.manual_seed(3)
     base = nn.Linear(in_features, out_features, bias=bias).to(dtype).requires_grad_(False)
-    init = SiteInit(name, in_features, out_features, rank, alpha, seed, lambda: base.weight)
+    init = SiteInit(name, in_features, out_features, rank, alpha, seed, lambda: base.weight, identity)
     adapter = SiteAdapter(options.factors.build(init), options.combine.build(init), dropout).to(dtype)
     if perturb:
         with torch.no_grad():

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import loraplex
 from loraplex import AdapterConfig
 from loraplex.adapters.registry import Deployed
+from loraplex.tuner.plain import save_plain
 
 EVERY = pytest.mark.parametrize("options", adapters(), ids=label)
 
@@ -72,6 +73,22 @@ def test_what_is_exactly_lora_loads_in_stock_peft(options, ids, tmp_path):
         pytest.skip("has its own type")
     model = perturb(adapted(options))
     model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(base_model(), tmp_path)
+    assert type(stock.base_model).__name__ == "LoraModel"
+    torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+
+
+@EVERY
+@pytest.mark.parametrize("closed", [False, True], ids=["all ranks", "closed ranks"])
+def test_pairs_written_out_load_in_stock_peft(options, closed, ids, tmp_path):
+    assert options.plain is not Deployed.OWN
+    model = perturb(adapted(options, alpha_pattern={"v_proj": 2.0}))
+    if closed:
+        model.base_model.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
+        model.base_model.close_ranks("default", "model.layers.1.mlp.down_proj", [0, 1, 2])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    save_plain(model, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     stock = PeftModel.from_pretrained(base_model(), tmp_path)
     assert type(stock.base_model).__name__ == "LoraModel"
     torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=0, atol=1e-6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,12 @@ class SiteInit:
     """False asks for an initialization that changes the output visibly, for tests."""
     meta: bool = False
     """True when the tensors are about to be overwritten by a checkpoint: expensive initializations are skipped."""
+    shared: Callable[[str, Callable[[], nn.Module]], nn.Module] | None = None
+    """Gives the adapter's one module of a key, made on first use; None where the site is on its own."""
 
-    def generator(self) -> torch.Generator:
-        """Return a CPU generator seeded by (seed, site name), so that a site does not depend on the others."""
-        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+    def generator(self, name: str | None = None) -> torch.Generator:
+        """Return a CPU generator seeded by (seed, `name` or the site's): sites do not depend on each other."""
+        digest = hashlib.sha256(f"{self.seed}:{self.name if name is None else name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -50,6 +52,8 @@ class Factors(nn.Module, ABC):
     """
 
     gate: Tensor
+    repeats = 1
+    """How many times `parts` goes through the ranks that the gate counts."""
 
     def __init__(self, site: SiteInit, scale: float) -> None:
         super().__init__()
@@ -57,10 +61,34 @@ class Factors(nn.Module, ABC):
         self.scale = scale
         self.register_buffer("gate", torch.ones(site.rank))
         self._scaled: _Scaled | None = None
+        self._borrowed: list[str] = []
 
     @abstractmethod
     def parts(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r), differentiable, neither scaled nor gated."""
+
+    def share(self, attribute: str, site: SiteInit, key: str, make: Callable[[], nn.Module]) -> None:
+        """Let `attribute` be the module that all sites of this adapter with this `key` use.
+
+        It has one registered owner: the tuner, or these factors where the site is on its own.
+        """
+        if site.shared is None:
+            setattr(self, attribute, make())
+        else:
+            # past nn.Module, which would register it here too
+            self.__dict__[attribute] = site.shared(key, make)
+            self._borrowed.append(attribute)
+
+    def borrowed(self) -> list[nn.Module]:
+        """Return the modules that these factors use and the tuner owns."""
+        return [self.__dict__[attribute] for attribute in self._borrowed]
+
+    def check_file(self, site: str, tensors: Mapping[str, Tensor]) -> None:
+        """Check that a file's `tensors`, by their names here, go with the frozen tensors that it does not hold.
+
+        Raises:
+            UserError: when they do not; it names the `site`.
+        """
 
     def rank_scale(self, dtype: torch.dtype) -> Tensor:
         """Return s·gate (r,): what every rank is multiplied with between A and B."""
@@ -74,12 +102,17 @@ class Factors(nn.Module, ABC):
     def _of_gate(self, dtype: torch.dtype) -> _Scaled:
         gate = self.gate
         if torch.compiler.is_compiling():
-            return _Scaled(gate, 0, gate.to(dtype) * self.scale, closed=False)
+            return _Scaled(gate, 0, self._every(gate).to(dtype) * self.scale, closed=False)
         kept = self._scaled
         if kept is None or kept.gate is not gate or kept.version != gate._version or kept.scale.dtype != dtype:
-            kept = _Scaled(gate, gate._version, gate.to(dtype) * self.scale, closed=not bool(gate.any()))
+            scale = self._every(gate).to(dtype) * self.scale
+            kept = _Scaled(gate, gate._version, scale, closed=not bool(gate.any()))
             self._scaled = kept
         return kept
+
+    def _every(self, gate: Tensor) -> Tensor:
+        """Return the gate of every rank of `parts`."""
+        return gate if self.repeats == 1 else gate.repeat(self.repeats)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r), differentiable, scale and gate included in B exactly once."""
@@ -89,7 +122,7 @@ class Factors(nn.Module, ABC):
     def compact(self) -> tuple[Tensor, Tensor]:
         """Return the pair without its closed ranks: A (r', in), B (out, r'), detached. BA is unchanged, exactly."""
         a, b = (tensor.detach() for tensor in self.pair())
-        open_ranks = self.gate.bool()
+        open_ranks = self._every(self.gate).bool()
         return a[open_ranks].clone(), b[:, open_ranks].clone()
 
     @property

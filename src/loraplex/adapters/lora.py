@@ -1,20 +1,26 @@
 """LoRA factors: one trainable pair per site.
 
 Paper: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1;
-the scale alpha/√r is rsLoRA's, Kalajdzievski, arXiv 2312.03732.
+the scale alpha/√r is rsLoRA's, Kalajdzievski, arXiv 2312.03732; the start from singular vectors is PiSSA's, Meng et
+al., arXiv 2404.02948.
 ΔW = s·B·diag(gate)·A with s = alpha/r. Trainable parameters per site: r·(in + out).
+Under PiSSA W0 ≈ U S Vᵀ, B0 = U √(S/s), A0 = √(S/s) Vᵀ, and ΔW = s·(B A − B0 A0): the paper puts W0 − s·B0 A0 in the
+place of W0, here W0 stays as it is.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import Factors, SiteInit, uniform
+from loraplex.adapters.bases import singular_bases
+from loraplex.adapters.contracts import Factors, SiteInit, check_rank, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
+from loraplex.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -23,18 +29,34 @@ class LoRA:
 
     use_rslora: bool = False
     """Scale by alpha/√r (rsLoRA) instead of alpha/r."""
+    init: Literal["uniform", "pissa"] = "uniform"
+    """Start from random A and B = 0, or from the leading singular vectors of W0 ("pissa")."""
+
+    def __post_init__(self) -> None:
+        """Refuse an initialization that is not known."""
+        if self.init not in ("uniform", "pissa"):
+            hint = nearest(str(self.init), ["uniform", "pissa"])
+            raise UserError(f"init is {self.init!r}: choose 'uniform' or 'pissa'.{hint}")
+
+    @property
+    def deployed(self) -> Deployed:
+        """The form of the file: PiSSA's initial pair must come along, as plain LoRA it would double the rank."""
+        return Deployed.OWN if self.init == "pissa" else Deployed.LORA
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s: alpha/√r with rsLoRA, alpha/r otherwise."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
-        """Return the largest rank that is allowed: beyond the longer side not even one of A and B is low-rank."""
-        return max(in_features, out_features)
+        """Return the largest rank that is allowed: beyond the longer side not even one of A and B is low-rank.
 
-    def build(self, site: SiteInit) -> LoRAFactors:
+        W0 has as many singular vectors as its shorter side.
+        """
+        return (min if self.init == "pissa" else max)(in_features, out_features)
+
+    def build(self, site: SiteInit) -> Factors:
         """Return freshly initialized factors for a site."""
-        return LoRAFactors(site, self)
+        return PiSSAFactors(site, self) if self.init == "pissa" else LoRAFactors(site, self)
 
 
 class LoRAFactors(Factors):
@@ -53,6 +75,38 @@ class LoRAFactors(Factors):
     def parts(self) -> tuple[Tensor, Tensor]:
         """Return the trainable pair itself."""
         return self.lora_A, self.lora_B
+
+
+class PiSSAFactors(Factors):
+    """A and B start at A0 and B0, which stay as buffers and are saved: exactly LoRA of rank 2r."""
+
+    repeats = 2
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def __init__(self, site: SiteInit, options: LoRA) -> None:
+        super().__init__(site, options.scale(site.alpha, site.rank))
+        check_rank(site.name, site.rank, options.largest_rank(site.in_features, site.out_features))
+        weight = site.weight().detach()
+        if site.meta or weight.is_meta:
+            a = torch.empty(site.rank, site.in_features, device=weight.device)
+            b = torch.empty(site.out_features, site.rank, device=weight.device)
+        else:
+            bases = singular_bases(weight, site.rank)
+            root = (bases.s / self.scale).sqrt()
+            a, b = root[:, None] * bases.vh, bases.u * root
+        self.register_buffer("initial_A", a)
+        self.register_buffer("initial_B", b)
+        self.lora_A = nn.Parameter(a.clone())
+        self.lora_B = nn.Parameter(b.clone())
+        if not site.identity:
+            bound = 1 / math.sqrt(site.rank)
+            self.lora_B.data += uniform((site.out_features, site.rank), bound, site.generator()).to(b)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return [A − A0; A0] (2r, in) and [B, B − B0] (out, 2r): B A − B0 A0, and exactly 0 at the start."""
+        a0, b0 = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
+        return torch.cat([self.lora_A - a0, a0]), torch.cat([self.lora_B, self.lora_B - b0], dim=1)
 
 
 REGISTRY.add(

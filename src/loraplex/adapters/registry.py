@@ -60,11 +60,15 @@ class Method:
     """For factors and combine: the plainest exact form of the result."""
     mergeable: bool = True
     """Whether the result can be written into the frozen weight exactly."""
+    only_peft_model: str = ""
+    """Why PEFT's tuner must stay around the model: what is lost or not checked when it is thrown away after injection.
+
+    Empty where it need not."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A name for a combination of factors and combine."""
+    """A name for a combination of factors and combine, with the options that make it what it is."""
 
     name: str
     factors: str
@@ -72,6 +76,8 @@ class Preset:
     summary: str
     paper: str
     parameters: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that differ from their defaults."""
 
 
 @dataclass
@@ -154,10 +160,21 @@ class Adapter:
     @property
     def deployed(self) -> Deployed:
         """The form in which the finished adapter is saved."""
-        factors, combine = self.methods
-        if Deployed.OWN in (factors.deployed, combine.deployed):
+        # an option may change what the record says of the method
+        if getattr(self.factors, "deployed", self.methods[0].deployed) is Deployed.OWN:
             return Deployed.OWN
-        return combine.deployed
+        return self.methods[1].deployed
+
+    @property
+    def plain(self) -> Deployed:
+        """The form that the finished adapter takes once its pairs are written out: PEFT's, where there is one."""
+        factors, combine = self.methods
+        return combine.deployed if Capability.PAIR in factors.provides else Deployed.OWN
+
+    @property
+    def only_peft_model(self) -> str:
+        """Why PEFT's tuner must stay around the model, empty where it need not."""
+        return " and ".join(method.only_peft_model for method in self.methods if method.only_peft_model)
 
     @property
     def mergeable(self) -> bool:
@@ -167,12 +184,17 @@ class Adapter:
     def describe(self) -> str | dict[str, Any]:
         """Return the plain form that `parse_adapter` reads back: a name, or a mapping with the changed options."""
         factors, combine = self.methods
-        changed = {**_changed(self.factors), **_changed(self.combine)}
-        name = next(
-            (p.name for p in REGISTRY.presets.values() if (p.factors, p.combine) == (factors.name, combine.name)), None
-        )
-        if name is None:
-            return {"factors": factors.name, "combine": combine.name, **changed}
+        options = {**_options(self.factors), **_options(self.combine)}
+        defaults = {**_options(factors.options()), **_options(combine.options())}
+        names = [
+            (preset.name, _changed(options, {**defaults, **preset.options}))
+            for preset in REGISTRY.presets.values()
+            if (preset.factors, preset.combine) == (factors.name, combine.name)
+        ]
+        if not names:
+            return {"factors": factors.name, "combine": combine.name, **_changed(options, defaults)}
+        # the preset that says most of it
+        name, changed = min(names, key=lambda entry: len(entry[1]))
         return {"name": name, **changed} if changed else name
 
 
@@ -205,6 +227,7 @@ def _from_mapping(value: Mapping[str, Any]) -> Adapter:
             raise UserError(f"unknown adapter '{name}': known are {known}.{nearest(str(name), REGISTRY.presets)}")
         preset = REGISTRY.presets[name]
         factors, combine = preset.factors, preset.combine
+        rest = {**preset.options, **rest}
     else:
         factors, combine = rest.pop("factors", "lora"), rest.pop("combine", "add")
     classes = [REGISTRY.get(Axis.FACTORS, factors).options, REGISTRY.get(Axis.COMBINE, combine).options]
@@ -217,10 +240,9 @@ def _from_mapping(value: Mapping[str, Any]) -> Adapter:
     return Adapter(*built)
 
 
-def _changed(options: Any) -> dict[str, Any]:
-    default = type(options)()
-    return {
-        entry.name: getattr(options, entry.name)
-        for entry in dataclasses.fields(options)
-        if getattr(options, entry.name) != getattr(default, entry.name)
-    }
+def _options(options: Any) -> dict[str, Any]:
+    return {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
+
+
+def _changed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value != defaults[name]}

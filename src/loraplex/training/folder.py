@@ -141,7 +141,8 @@ def fill_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
         mask = _umask()
         temporary.chmod(0o777 & ~mask)
         for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)

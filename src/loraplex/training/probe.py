@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from loraplex.cache import nothing_kept
 from loraplex.training.preparation import IGNORED, add_adapter
 from loraplex.training.recipe import Recipe
 
@@ -59,7 +60,8 @@ def measure_block(
         base.to("cuda" if torch.cuda.is_available() else "cpu")
         # What SFTTrainer does to a model.
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-        model = add_adapter(recipe, base).train()
+        with nothing_kept():
+            model = add_adapter(recipe, base).train()
         kept.append(_run(model, lengths)[1])
         seconds.append(min(_run(model, lengths)[0] for _ in range(REPEATS)))
     return BlockCost(max(seconds[1] - seconds[0], 1e-6), kept[1] - kept[0], max(0, 2 * kept[0] - kept[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from loraplex.training.base_model import write_base
 from loraplex.training.folder import fill_atomically
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.loading import load_adapter
+from loraplex.tuner.plain import save_plain
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains when PEFT computes the adapter
 # in another order of operations than we do: in bfloat16 one rounding is 2**-8, and 30 blocks of them made 2**-4.9 of an
@@ -37,7 +39,7 @@ class Reload:
     """Largest of any logit, reloaded by loraplex: the same operations, so 0 unless an allocation compacted ranks. None
     for an adapter of stock PEFT."""
     difference_peft: float
-    """Largest of any logit, reloaded by PEFT."""
+    """Largest of any logit, reloaded by PEFT; of a type of our own, its pairs written out as plain LoRA."""
     tolerance_peft: float
     """Allowed `difference_peft` as a share of the largest logit."""
     same_prediction_peft: float
@@ -86,12 +88,23 @@ def save_checked(
         if isinstance(config, AdapterConfig):
             ours = load_adapter(fresh, str(temporary))
             again, fresh = _logits(ours, rows), ours.unload()
-        stock = PeftModel.from_pretrained(fresh, str(temporary))
-        stock.eval()
+        stock = _by_stock_peft(fresh, model, temporary)
         result.append((stock, _compare(trained, again, _logits(stock, rows), fresh.dtype, is_exact)))
 
     fill_atomically(folder, fill)
     return result[0]
+
+
+def _by_stock_peft(fresh: torch.nn.Module, model: PeftModel, folder: Path) -> PeftModel:
+    """Return the adapter on `fresh` under PEFT's own tuner: the folder's, or its pairs written out as plain LoRA."""
+    config = model.peft_config[model.active_adapter]
+    with tempfile.TemporaryDirectory() as plain:
+        if isinstance(config, AdapterConfig) and config.deployed is not config.typed_adapter.plain:
+            save_plain(model, plain, model.active_adapter)
+            folder = Path(plain)
+        stock = PeftModel.from_pretrained(fresh, str(folder))
+    stock.eval()
+    return stock
 
 
 def _compare(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
+from typing import cast as typed
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -46,11 +47,11 @@ class FrozenLinear(BaseWeight):
 
     def bias(self) -> Tensor | None:
         """Return b (out,) or None."""
-        return cast("Tensor | None", self.module.bias)
+        return typed("Tensor | None", self.module.bias)
 
     def parameter(self) -> nn.Parameter:
         """Return the weight as the module stores it."""
-        return cast(nn.Parameter, self.module.weight)
+        return typed(nn.Parameter, self.module.weight)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -61,6 +62,22 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
+
+
+def cast(module: nn.Module, base: torch.dtype, autocast: bool) -> None:
+    """Cast an adapter's parameters under a frozen weight of type `base`: to float32 at least when `autocast`.
+
+    Frozen tensors are never rounded.
+    """
+    dtype = base if base.is_floating_point and base.itemsize >= 2 else torch.float32
+    if autocast:
+        dtype = torch.promote_types(dtype, torch.float32)
+    for parameter in module.parameters():
+        # in place: optimizers and checkpoints may already hold the parameter
+        parameter.data = parameter.data.to(dtype)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, dtype))
 
 
 class SiteLayer(nn.Module, BaseTunerLayer):
@@ -156,7 +173,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
 
     def _merged_weight(self, names: Sequence[str]) -> Tensor:
         """Return the base weight with these adapters besides the merged ones, in its own layout and dtype."""
-        merged = w0 = self._w0()
+        merged = w0 = self.w0()
         for name in [*self.merged_adapters, *names]:
             merged = merged + self.adapter(name).delta_weight(w0)
         return (merged.T if self.frozen.transposed else merged).to(self.frozen.parameter().dtype).contiguous()
@@ -173,10 +190,11 @@ class SiteLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW of one adapter in the layout of the base weight."""
-        delta = self.adapter(adapter).delta_weight(self._w0())
+        delta = self.adapter(adapter).delta_weight(self.w0())
         return delta.T if self.frozen.transposed else delta
 
-    def _w0(self) -> Tensor:
+    def w0(self) -> Tensor:
+        """Return W0 (out, in), also while adapters are merged."""
         if self._kept_weight is None:
             return self.frozen.matrix().detach()
         kept = self._stored_w0()
@@ -195,13 +213,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         """Cast an adapter's parameters: at least float32 when `autocast`, the dtype of the base otherwise."""
         if name not in self.loraplex_adapters:
             return
-        base = self.frozen.parameter().dtype
-        dtype = base if base.is_floating_point and base.itemsize >= 2 else torch.float32
-        if autocast:
-            dtype = torch.promote_types(dtype, torch.float32)
-        for parameter in self.loraplex_adapters[name].parameters():
-            # in place: optimizers and checkpoints may already hold the parameter
-            parameter.data = parameter.data.to(dtype)
+        cast(self.loraplex_adapters[name], self.frozen.parameter().dtype, autocast)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base, which rounds float32 adapters
@@ -210,3 +222,6 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             module = self.loraplex_adapters[adapter_name]
             if not any(tensor.is_meta for tensor in module.state_dict().values()):
                 module.to(target)
+                for shared in self.adapter(adapter_name).factors.borrowed():
+                    if not any(tensor.is_meta for tensor in shared.state_dict().values()):
+                        shared.to(target)

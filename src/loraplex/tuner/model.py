@@ -20,11 +20,12 @@ from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
 from loraplex.tuner.mixed_batches import adapter_per_row
+from loraplex.tuner.shared import SHARED, SharedTensors
 from loraplex.tuner.undo import all_or_nothing
 
 RESERVED = frozenset(
     {
-        *("", ADAPTERS, "factors", "combine", "gate", "dropout", "lora_A", "lora_B", "lora_magnitude_vector"),
+        *("", ADAPTERS, SHARED, "factors", "combine", "gate", "dropout", "lora_A", "lora_B", "lora_magnitude_vector"),
         *("base_model", "model", "base_layer", "weight", "bias", "__base__", "modules_to_save", "original_module"),
         *("token_adapter", "trainable_tokens_delta", "trainable_tokens_original"),
     }
@@ -39,8 +40,21 @@ class LoraplexTuner(BaseTuner):
     tuner_layer_cls = SiteLayer
     target_module_mapping = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
+    loraplex_shared: SharedTensors
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PeftModel hands over a dict; a config alone comes from paths that keep the model and throw the tuner away
+        if isinstance(peft_config, AdapterConfig) and (reason := peft_config.typed_adapter.only_peft_model):
+            raise UserError(
+                f"adapter {peft_config.adapter} needs a PeftModel, because {reason}: "
+                "use get_peft_model or loraplex.load_adapter"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         assert isinstance(config, AdapterConfig)
+        if SHARED not in self._modules:
+            self.loraplex_shared = SharedTensors()
         refuse_name(model, adapter_name)
         # before anything is changed: every target and pattern must match, every rank must fit
         find_sites(model, config)
@@ -57,8 +71,13 @@ class LoraplexTuner(BaseTuner):
             self.peft_config[adapter_name] = config = copy(config)
         if len(self.peft_config) > 1:
             self._pre_injection_hook(self.model, config, adapter_name)
-        with all_or_nothing(model):
+        shared = self.loraplex_shared
+        with all_or_nothing(model), all_or_nothing(shared):
+            flags = [(parameter, parameter.requires_grad) for parameter in shared.parameters()]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            self._refuse_names_of_tensors()
         for layer in self.site_layers() if twins else ():
             if adapter_name in layer.loraplex_adapters:
                 gate = layer.adapter(twins[0]).factors.gate
@@ -83,10 +102,12 @@ class LoraplexTuner(BaseTuner):
                 )
             layer = SiteLayer(target, current_key)
         peft_config.transposed |= layer.frozen.transposed
-        layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config)
+        shared = self.loraplex_shared.getter(adapter_name)
+        layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config, shared)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if adapter_name not in self.active_adapters:
             layer.loraplex_adapters[adapter_name].requires_grad_(False)
+            self.loraplex_shared.requires_grad([adapter_name], False)
         if layer is not target:
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
@@ -114,6 +135,35 @@ class LoraplexTuner(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self.site_layers():
             layer.cast_adapter(adapter_name, autocast_adapter_dtype)
+        if adapter_name in self.loraplex_shared:
+            base = next(self.site_layers()).frozen.parameter().dtype
+            self.loraplex_shared.cast(adapter_name, base, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; their tensors train, unless in inference mode."""
+        super().set_adapter(adapter_name, inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.loraplex_shared.activate(names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch the gradients of these adapters on or off."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.loraplex_shared.requires_grad(names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with all its tensors."""
+        super().delete_adapter(adapter_name)
+        self.loraplex_shared.drop(adapter_name)
+
+    def _refuse_names_of_tensors(self) -> None:
+        """Refuse adapters called like a tensor of another adapter: PEFT would take that for theirs."""
+        taken = set(self.loraplex_shared.key_parts())
+        for layer in self.site_layers():
+            for module in layer.loraplex_adapters.values():
+                taken |= {part for key in module.state_dict() for part in key.split(".")}
+        for name in taken & set(self.peft_config):
+            raise UserError(f"adapter name '{name}' is part of the names of an adapter's tensors: choose another")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the active (or the named) adapters; nothing is touched when one of them cannot be merged."""
@@ -220,8 +270,8 @@ class LoraplexTuner(BaseTuner):
         return tensors
 
 
-def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig) -> SiteAdapter:
-    """Return a freshly initialized adapter for a layer."""
+def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig, shared: Any) -> SiteAdapter:
+    """Return a freshly initialized adapter for a layer; `shared` gives what its sites have in common."""
     options = config.typed_adapter
     assert config.seed is not None
     limit = options.factors.largest_rank(layer.in_features, layer.out_features)
@@ -232,9 +282,10 @@ def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig) -> SiteAda
         rank=check_rank(site, config.rank_of(site), limit),
         alpha=config.alpha_of(site),
         seed=config.seed,
-        weight=layer.frozen.matrix,
+        weight=layer.w0,
         identity=config.init_weights,
         meta=_makes_meta_parameters(),
+        shared=shared,
     )
     return SiteAdapter(options.factors.build(init), options.combine.build(init), config.lora_dropout)
 
@@ -247,8 +298,8 @@ def refuse_name(model: nn.Module, adapter_name: str) -> None:
     taken = {part for name, _ in model.named_modules() for part in name.split(".")}
     taken |= {part for key in model.state_dict() for part in key.split(".")}
     taken -= set(getattr(model, "peft_config", None) or {}) - {adapter_name}
-    # a ModuleDict holds the adapters of a site: its own attributes cannot be names
-    if adapter_name in taken | RESERVED or hasattr(nn.ModuleDict(), adapter_name) or "." in adapter_name:
+    # a ModuleDict holds the adapters of a site, and their shared tensors: its own attributes cannot be names
+    if adapter_name in taken | RESERVED or hasattr(SharedTensors(), adapter_name) or "." in adapter_name:
         raise UserError(f"adapter name '{adapter_name}' is part of the model's own parameter names: choose another")
 
 

@@ -45,12 +45,12 @@ _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 def to_lora_config(config: AdapterConfig) -> LoraConfig:
     """Return the LoraConfig under which the file we write computes the same function."""
-    assert config.deployed is not Deployed.OWN
     adapter = config.typed_adapter
+    assert adapter.plain is not Deployed.OWN
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
     for options in (adapter.factors, adapter.combine):
         values.update({name: getattr(options, name) for name in _shared_options(type(options))})
-    values.update(lora_alpha=config.alpha, use_dora=config.deployed is Deployed.DORA, fan_in_fan_out=config.transposed)
+    values.update(lora_alpha=config.alpha, use_dora=adapter.plain is Deployed.DORA, fan_in_fan_out=config.transposed)
     if config.finished_ranks is not None:
         ranks = {site: rank for site, rank in config.finished_ranks.items() if rank > 0}
         exact = {f"^{re.escape(site)}": rank for site, rank in ranks.items()}

@@ -1,8 +1,8 @@
 """What an adapter file holds: the one mapping between tensors of the model and tensors of the file.
 
-Two namings. Own: "SITE.loraplex_adapters.factors.lora_A", every tensor, gates too. LoRA: "SITE.lora_A.weight" and
-"SITE.lora_magnitude_vector", without gates, for adapters that are exactly LoRA or DoRA. A loader recognizes the naming
-by the file itself.
+Two namings. Own: "SITE.loraplex_adapters.factors.lora_A", every tensor, gates too, and "base_model.loraplex_shared.KEY"
+for what sites share. LoRA: "SITE.lora_A.weight" and "SITE.lora_magnitude_vector", without gates, for adapters that are
+exactly LoRA or DoRA. A loader recognizes the naming by the file itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from loraplex.adapters.registry import Deployed
 from loraplex.errors import UserError
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer
+from loraplex.tuner.shared import SHARED
 
 _PREFIX = "base_model.model."
 _GATE = "factors.gate"
@@ -28,30 +29,40 @@ _LORA_NAMES = {
 
 def of_adapter(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """Return the entries of a model's state dict that belong to one adapter."""
-    part = f".{ADAPTERS}.{adapter_name}."
-    return {key: value for key, value in state_dict.items() if part in key}
+    return {key: value for key, value in state_dict.items() if any(part in key for part in _containers(adapter_name))}
 
 
-def _split(key: str, adapter_name: str) -> tuple[str, str]:
-    """Split a model key into (site with PEFT's prefix, tensor name inside the adapter)."""
-    site, _, tensor = key.partition(f".{ADAPTERS}.{adapter_name}.")
-    return site, tensor
+def _containers(adapter_name: str) -> tuple[str, str]:
+    return f".{ADAPTERS}.{adapter_name}.", f".{SHARED}.{adapter_name}."
 
 
-def _own_key(site: str, tensor: str) -> str:
-    return f"{site}.{ADAPTERS}.{tensor}"
+def _split(key: str, adapter_name: str) -> tuple[str, str, str]:
+    """Split a model key into (site with PEFT's prefix, container, tensor name inside the adapter)."""
+    for part in _containers(adapter_name):
+        site, found, tensor = key.partition(part)
+        if found:
+            return site, part.split(".")[1], tensor
+    raise AssertionError(key)
+
+
+def _own_key(site: str, container: str, tensor: str) -> str:
+    return f"{site}.{container}.{tensor}"
 
 
 def file_tensors(
     tensors: dict[str, Tensor], config: AdapterConfig, adapter_name: str, model: nn.Module
 ) -> dict[str, Tensor]:
     """Return what is written: keys without the adapter name, compacted once an allocation has finished."""
-    by_site: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        site, name = _split(key, adapter_name)
-        by_site.setdefault(site, {})[name] = value
+    split = {_split(key, adapter_name): value for key, value in tensors.items()}
     if config.deployed is Deployed.OWN:
-        return {_own_key(site, name): value for site, named in by_site.items() for name, value in named.items()}
+        # transformers' loader would report gates that are not in the file as missing
+        every = config.live or not config.typed_adapter.only_peft_model
+        return {
+            _own_key(*place): value for place, value in split.items() if every or not _is_open_gate(place[-1], value)
+        }
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for (site, _, name), value in split.items():
+        by_site.setdefault(site, {})[name] = value
     scales = _scales(model, adapter_name) if config.finished_ranks is not None else {}
     written = {}
     for site, named in by_site.items():
@@ -59,6 +70,26 @@ def file_tensors(
             named = _compacted(named, scales[site.removeprefix(_PREFIX)])
         written.update({f"{site}.{_LORA_NAMES[name]}": value for name, value in named.items() if name != _GATE})
     return written
+
+
+def plain_tensors(layers: Iterable[SiteLayer], adapter_name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Return the rank of every site, and the pairs in LoRA's naming: closed ranks left out, the scale in B."""
+    ranks, tensors = {}, {}
+    for layer in layers:
+        if adapter_name not in layer.loraplex_adapters:
+            continue
+        adapter = layer.adapter(adapter_name)
+        a, b = adapter.factors.compact()
+        ranks[layer.site] = len(a)
+        if len(a):
+            combine = {f"combine.{name}": value.detach() for name, value in adapter.combine.state_dict().items()}
+            named = {"factors.lora_A": a, "factors.lora_B": b, **combine}
+            tensors.update({f"{_PREFIX}{layer.site}.{_LORA_NAMES[name]}": value for name, value in named.items()})
+    return ranks, tensors
+
+
+def _is_open_gate(name: str, value: Tensor) -> bool:
+    return name == _GATE and bool(value.all())
 
 
 def _compacted(named: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -92,13 +123,14 @@ def model_tensors(
     """
     ours = model.state_dict()
     adapter = of_adapter(ours, adapter_name)
-    lora_naming = not any(f".{ADAPTERS}." in key for key in tensors)
+    lora_naming = not any(f".{container}." in key for key in tensors for container in (ADAPTERS, SHARED))
     translated: dict[str, str] = {}
     for key in adapter:
-        site, name = _split(key, adapter_name)
+        site, container, name = _split(key, adapter_name)
         if lora_naming and name == _GATE:
             continue
-        file_key = f"{site}.{_LORA_NAMES.get(name, name)}" if lora_naming else _own_key(site, name)
+        own = _own_key(site, container, name)
+        file_key = f"{site}.{_LORA_NAMES.get(name, name)}" if lora_naming else own
         translated[file_key] = key
         if not file_key.startswith(_PREFIX):
             # layers injected without a PeftModel: the file has PEFT's prefix, the model has not
@@ -115,6 +147,7 @@ def model_tensors(
             loaded[key] = torch.ones_like(value)
     expected = {**adapter, **{key: ours[key] for key in biases if f".modules_to_save.{adapter_name}." not in key}}
     _check_complete(expected, loaded, ours)
+    _check_frozen(model, adapter_name, loaded)
     return loaded
 
 
@@ -131,6 +164,15 @@ def _check_complete(expected: dict[str, Tensor], loaded: dict[str, Tensor], ours
                 f"'{key}' is {tuple(value.shape)} in the file and {tuple(own.shape)} in the model: "
                 "the adapter belongs to another base model or configuration"
             )
+
+
+def _check_frozen(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
+    """Let the factors of every site compare what is loaded with the frozen tensors that the file does not hold."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SiteLayer) and adapter_name in layer.loraplex_adapters:
+            prefix = f"{name}.{ADAPTERS}.{adapter_name}.factors."
+            tensors = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
+            layer.adapter(adapter_name).factors.check_file(layer.site, tensors)
 
 
 def gates_are_open(tensors: dict[str, Tensor]) -> bool:

@@ -1,0 +1,138 @@
+"""PRoLoRA factors: a few ranks are whole, the others are repeated chunks, each copy rotated along the ranks.
+
+Paper: Wang et al., PRoLoRA: Partial Rotation Empowers More Parameter-Efficient LoRA, arXiv 2402.16902, section 3;
+strides and initialization as in the official code (Forence1999/PRoLoRA, chunkwise_sharing_LoRA.py).
+With R = r − u shared ranks, chunks A0 (R, ⌈in/m⌉), B0 (⌈out/n⌉, R) and strides s_A = max(⌊R/m⌋, 1), s_B likewise,
+    A[k, j·⌈in/m⌉ + i] = A0[(k + j·s_A) mod R, i],    B[j·⌈out/n⌉ + i, k] = B0[i, (k + j·s_B) mod R]    (k < R),
+cut to in columns and out rows; the last u ranks of A and B are trained as they are. ΔW = s·B·diag(gate)·A, s = alpha/r.
+Trainable parameters per site: u·(in + out) + (r − u)·(⌈in/m⌉ + ⌈out/n⌉). u = r or m = n = 1 is LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.adapters.contracts import Factors, SiteInit, check_rank, uniform
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
+from loraplex.errors import UserError
+
+
+@dataclass(frozen=True)
+class PRoLoRA:
+    """Options of the PRoLoRA factors, under the paper's names."""
+
+    u: int = 1
+    """Ranks that are not shared, at most the rank of every site."""
+    m: int = 2
+    """How often the chunk of A is repeated along the input."""
+    n: int = 2
+    """How often the chunk of B is repeated along the output."""
+    use_rslora: bool = False
+    """Scale by alpha/√r (rsLoRA) instead of alpha/r."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are not whole, or too small."""
+        for name, least in (("u", 0), ("m", 1), ("n", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name} of PRoLoRA is {value!r}: give a whole number of at least {least}")
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """Return s: alpha/√r with rsLoRA, alpha/r otherwise."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def largest_rank(self, in_features: int, out_features: int) -> int:
+        """Return the largest rank that is allowed, as for LoRA."""
+        return max(in_features, out_features)
+
+    def build(self, site: SiteInit) -> PRoLoRAFactors:
+        """Return freshly initialized factors for a site."""
+        return PRoLoRAFactors(site, self)
+
+
+class PRoLoRAFactors(Factors):
+    """A0 and A_u ~ U(−1/√in, 1/√in), the bound of the full width (the paper's rectified initialization); B = 0."""
+
+    rows_a: Tensor
+    rows_b: Tensor
+
+    def __init__(self, site: SiteInit, options: PRoLoRA) -> None:
+        super().__init__(site, options.scale(site.alpha, check_rank(site.name, site.rank)))
+        if options.u > site.rank:
+            raise UserError(
+                f"rank of {site.name} is {site.rank}, but u = {options.u} ranks are not shared: raise r or lower u"
+            )
+        shared = site.rank - options.u
+        generator = site.generator()
+        bound = 1 / math.sqrt(site.in_features)
+
+        def a(rank: int, width: int) -> nn.Parameter | None:
+            return nn.Parameter(uniform((rank, width), bound, generator)) if rank else None
+
+        def b(rank: int, width: int) -> nn.Parameter | None:
+            if not rank:
+                return None
+            if site.identity:
+                return nn.Parameter(torch.zeros(width, rank))
+            return nn.Parameter(uniform((width, rank), 1 / math.sqrt(site.rank), generator))
+
+        self.lora_A = a(shared, math.ceil(site.in_features / options.m))
+        self.lora_B = b(shared, math.ceil(site.out_features / options.n))
+        self.lora_A_unshared = a(options.u, site.in_features)
+        self.lora_B_unshared = b(options.u, site.out_features)
+        self.register_buffer("rows_a", _rotation(shared, options.m), persistent=False)
+        self.register_buffer("rows_b", _rotation(shared, options.n), persistent=False)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r), the shared ranks first."""
+        if self.lora_A is None or self.lora_B is None:
+            assert self.lora_A_unshared is not None
+            assert self.lora_B_unshared is not None
+            return self.lora_A_unshared, self.lora_B_unshared
+        a = _expand(self.lora_A, self.rows_a, self.in_features)
+        b = _expand(self.lora_B.T, self.rows_b, self.out_features).T
+        if self.lora_A_unshared is None or self.lora_B_unshared is None:
+            return a, b
+        return torch.cat([a, self.lora_A_unshared]), torch.cat([b, self.lora_B_unshared], dim=1)
+
+
+def _rotation(shared: int, copies: int) -> Tensor:
+    """Return (R·copies,): at k·copies + j the row (k + j·stride) mod R that copy j has in place of row k."""
+    stride = max(shared // copies, 1)
+    rows = torch.arange(shared)[:, None] + stride * torch.arange(copies)
+    return (rows % max(shared, 1)).flatten()
+
+
+def _expand(chunk: Tensor, rows: Tensor, width: int) -> Tensor:
+    """Return (R, width): the copies of `chunk` (R, c) side by side, their rows rotated, cut to `width`."""
+    ranks = len(chunk)
+    if len(rows) == ranks:
+        return chunk
+    return chunk.index_select(0, rows).view(ranks, -1)[:, :width]
+
+
+REGISTRY.add(
+    Method(
+        name="prolora",
+        axis=Axis.FACTORS,
+        options=PRoLoRA,
+        summary="factors made of rotated, repeated chunks beside a few whole ranks",
+        paper="arXiv 2402.16902",
+        parameters="u·(in + out) + (r − u)·(⌈in/m⌉ + ⌈out/n⌉)",
+        provides=frozenset({Capability.STATIC, Capability.PAIR, Capability.GATES, Capability.RANK_INPUT}),
+    )
+)
+REGISTRY.add(
+    Preset(
+        "prolora",
+        "prolora",
+        "add",
+        "W0 + s·BA, A and B from rotated chunks",
+        "arXiv 2402.16902",
+        "u·(in + out) + (r − u)·(⌈in/m⌉ + ⌈out/n⌉)",
+    ),
+)

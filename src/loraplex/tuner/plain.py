@@ -1,0 +1,58 @@
+"""Any adapter that is one pair per site, written out as a plain LoRA or DoRA folder of stock PEFT.
+
+Every site gets A (r, in) and s·B (out, r) as `Factors.compact` gives them: exact, at the size of LoRA.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraplex.adapters.registry import Deployed
+from loraplex.errors import UserError
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.matching import module_names
+from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.peft_lora import to_lora_config
+from loraplex.tuner.saving import file_tensors, of_adapter, plain_tensors
+
+
+def plain_adapter(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return config and tensors of the stock PEFT adapter that computes what this one does now.
+
+    The model is not changed. The scale is folded into B, `lora_alpha` is r at every site; biases and modules that are
+    saved with the adapter come along.
+
+    Raises:
+        UserError: when the adapter has no such form, or no open rank.
+    """
+    tuner, config = model.base_model, model.peft_config.get(adapter_name)
+    if not isinstance(tuner, LoraplexTuner) or not isinstance(config, AdapterConfig):
+        raise UserError(f"the model carries no loraplex adapter '{adapter_name}'")
+    if config.typed_adapter.plain is Deployed.OWN:
+        raise UserError(f"adapter '{adapter_name}' ({config.adapter}) is not one pair (A, B) per site: it is no LoRA")
+    ranks, tensors = plain_tensors(tuner.site_layers(), adapter_name)
+    if not tensors:
+        raise UserError(f"adapter '{adapter_name}' has no open rank left: there is nothing to write")
+    finished = copy(config)
+    finished.finished_ranks, finished.other_modules = ranks, module_names(tuner.model)
+    besides = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    own = file_tensors(of_adapter(model.state_dict(), adapter_name), config, adapter_name, model)
+    tensors.update({key: value for key, value in besides.items() if key not in own})
+    return to_lora_config(finished), tensors
+
+
+def save_plain(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Write `plain_adapter` as a folder that stock PEFT loads; see there for what is raised."""
+    config, tensors = plain_adapter(model, adapter_name)
+    config.inference_mode = True
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    # copies: a file must not hold two tensors that lie in the same memory
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    save_file(copies, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
