@@ -24,14 +24,15 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def adapter(tiny_model: Path, tmp_path: Path) -> Path:
-    """A stock LoRA folder whose adapter changes what the model says."""
+@pytest.fixture(params=["lora", "dora"])
+def adapter(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Path:
+    """A folder of stock PEFT whose adapter changes what the model says."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    fields = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", "use_rslora": True}
+    model = get_peft_model(base, LoraConfig(use_dora=request.param == "dora", **fields))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.5)

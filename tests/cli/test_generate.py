@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from loraplex import AdapterConfig
 from loraplex.cli.main import main
 from loraplex.models import embedded
-from loraplex.models.loading import load_model
+from loraplex.models.loading import load_model, load_tokenizer
 
 QUESTION = "What is the capital of France?"
 
@@ -86,6 +86,21 @@ def test_a_stock_adapter_with_a_base_of_another_machine_is_found(
     elsewhere = f"/home/someone/.cache/loraplex/models/{embedded.FOLDER_NAME}"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": elsewhere}))
     assert "Paris" in written(capsys, str(tmp_path), "--prompt", QUESTION, "--max-new-tokens", "8")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_stock_adapter_says_what_it_says_under_peft(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], use_dora: bool
+) -> None:
+    fields = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    config = LoraConfig(r=4, use_dora=use_dora, rank_pattern={"q_proj": 2}, use_rslora=True, **fields)
+    model = get_peft_model(load_model(str(tiny_model)), config).eval()
+    model.save_pretrained(str(tmp_path))
+    tokenizer = load_tokenizer(str(tiny_model))
+    ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
+    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+    assert written(capsys, str(tmp_path), "--prompt", "the cat", "--max-new-tokens", "8") == f"{text}\n"
 
 
 def test_no_such_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,10 @@ def test_an_unknown_command_names_the_nearest_and_ends_with_status_2() -> None:
 
 def test_an_unknown_command_like_no_other_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["xyzzy"]) == 2
-    assert "The commands are: demo, train, eval, plan, compare, report, generate, methods." in capsys.readouterr().err
+    assert (
+        "The commands are: demo, train, eval, plan, compare, report, export, inspect, generate, methods."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("failing")

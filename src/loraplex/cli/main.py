@@ -33,6 +33,8 @@ COMMANDS = {
     "plan": LazyCommand("loraplex.cli.plan:plan", "Show sites, ranks, parameters, memory and time before training."),
     "compare": LazyCommand("loraplex.cli.compare:compare", "Compare methods under one budget, with evidence."),
     "report": LazyCommand("loraplex.cli.report:report", "Write the report of finished comparisons again."),
+    "export": LazyCommand("loraplex.cli.export:export", "Write an adapter for PEFT, vLLM, transformers or llama.cpp."),
+    "inspect": LazyCommand("loraplex.cli.inspect:inspect", "Show sites, ranks, spectra and ways out of an adapter."),
     "generate": LazyCommand("loraplex.cli.generate:generate", "Let a model with an adapter continue a prompt."),
     "methods": LazyCommand("loraplex.cli.methods:methods", "List the methods and what each of them can do."),
 }

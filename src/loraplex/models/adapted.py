@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME
+from transformers import PreTrainedModel
 
 from loraplex.errors import UserError
 from loraplex.models.loading import DType, load_model, quiet
@@ -56,8 +57,15 @@ def load_adapted(adapter: str, model: str | None = None, dtype: DType = "auto") 
     Raises:
         UserError: when the adapter or its base cannot be read, or the two do not fit.
     """
-    folder = adapter_folder(adapter)
-    base = load_model(model or base_name(adapter), dtype)
+    return adapt(load_model(model or base_name(adapter), dtype), adapter_folder(adapter))
+
+
+def adapt(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return `base` with the adapter in `folder` on it, in evaluation mode, on the accelerator where there is one.
+
+    Raises:
+        UserError: when the adapter cannot be read, or does not fit the base.
+    """
     if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         torch.nn.Module.to(base, accelerator)
     base_model.check_base(base, folder)

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from loraplex.errors import UserError, nearest
@@ -47,6 +54,19 @@ def resolve_model(name: str) -> str:
     if "/" not in name and nearest(name, [EMBEDDED]):
         raise UserError(f"there is no model '{name}'.{nearest(name, [EMBEDDED])}")
     return name
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Return the configuration of the model `name`; no weights are read.
+
+    Raises:
+        UserError: when there is no such model, or its configuration cannot be read.
+    """
+    source = resolve_model(name)
+    with _one_line("model", name), quiet():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    assert isinstance(config, PretrainedConfig)
+    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

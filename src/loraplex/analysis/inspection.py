@@ -1,0 +1,132 @@
+"""What is in an adapter folder: method, sites, ranks, spectra, parameters, and where it can go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from loraplex.adapters.registry import Deployed
+from loraplex.analysis.spectrum import singular_values, stable_rank
+from loraplex.errors import UserError
+from loraplex.export.base_lines import is_embedded
+from loraplex.export.pairs import SitePair, plain_form, read_pairs, site_ranks, trained_parameters
+from loraplex.export.subject import Subject, trained_beside
+from loraplex.export.targets import refusals
+from loraplex.models.adapted import adapter_folder, base_name, load_adapted
+from loraplex.models.loading import EMBEDDED, load_config
+from loraplex.tuner.adapter_folder import check_weights, read_config
+from loraplex.tuner.model import LoraplexTuner
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: BA with all scaling."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    spectrum: tuple[float, ...]
+    """Singular values of BA, largest first."""
+    norm: float
+    """‖BA‖ (Frobenius)."""
+    stable_rank: float
+    """‖BA‖²_F / ‖BA‖²_2."""
+    magnitude: float | None = None
+    """Mean of DoRA's magnitudes."""
+
+    @property
+    def kind(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter folder read."""
+
+    folder: Path
+    method: str
+    saved_as: str
+    base: str | None
+    parameters: int
+    """Numbers that were trained, shared ones counted once."""
+    bytes: int
+    """Of the file of weights."""
+    beside: list[str]
+    """What it changes beside its sites, in words."""
+    sites: list[SiteReport]
+    exports: dict[str, str | None]
+    """By target None, or why it is refused."""
+
+
+def inspect(adapter: str, model: str | None = None) -> Inspection:
+    """Read an adapter folder, run folder or hub id.
+
+    Folders in PEFT's own form are read without their base model; of other types the base is loaded to form the pairs.
+
+    Raises:
+        UserError: when there is no such adapter, or it is damaged.
+    """
+    folder = adapter_folder(adapter)
+    config = read_config(folder)
+    check_weights(folder)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(file)
+    if not any(f".{LoraplexTuner.prefix}" in key for key in tensors):
+        factors = config.typed_adapter.factors
+        pairs = read_pairs(tensors, lambda site: float(factors.scale(config.alpha_of(site), config.rank_of(site))))
+        parameters, saved_as = sum(tensor.numel() for tensor in tensors.values()), config.typed_adapter.deployed
+    else:
+        loaded = load_adapted(adapter, model, "float32")
+        one_pair = config.typed_adapter.plain is not Deployed.OWN and site_ranks(loaded)
+        pairs, parameters = plain_form(loaded).pairs if one_pair else {}, trained_parameters(loaded)
+        saved_as = Deployed.OWN
+    subject = Subject(config, {site: pair.rank for site, pair in pairs.items()}, _base_config(adapter, model))
+    return Inspection(
+        folder=folder,
+        method=subject.name,
+        saved_as=saved_as.value,
+        base=_base(adapter, model),
+        parameters=parameters,
+        bytes=file.stat().st_size,
+        beside=trained_beside(config),
+        sites=[_report(name, pair) for name, pair in pairs.items()],
+        exports=refusals(subject),
+    )
+
+
+def _report(name: str, pair: SitePair) -> SiteReport:
+    values = singular_values(pair.a, pair.b)
+    return SiteReport(
+        name=name,
+        in_features=pair.a.shape[1],
+        out_features=len(pair.b),
+        rank=pair.rank,
+        spectrum=tuple(values.tolist()),
+        norm=float(values.square().sum().sqrt()),
+        stable_rank=stable_rank(values),
+        magnitude=None if pair.magnitude is None else float(pair.magnitude.float().mean()),
+    )
+
+
+def _base(adapter: str, model: str | None) -> str | None:
+    try:
+        name = model or base_name(adapter)
+    except UserError:
+        return None
+    # PEFT has written the folder that it has on one machine
+    return EMBEDDED if is_embedded(name) else name
+
+
+def _base_config(adapter: str, model: str | None) -> Any:
+    """Return the base model's configuration, or None where the base is not at hand: looking into a file needs none."""
+    name = _base(adapter, model)
+    try:
+        return None if name is None else load_config(name)
+    except UserError:
+        return None

@@ -1,0 +1,104 @@
+"""`loraplex inspect`: what is in an adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from loraplex.analysis.inspection import Inspection, SiteReport
+
+
+@click.command()
+@click.argument("adapter")
+@click.option("--model", help="Base model instead of the one named in the adapter folder.")
+@click.option("--sites", "all_sites", is_flag=True, help="A line for every site instead of every kind of module.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the spectrum of every site.")
+def inspect(adapter: str, model: str | None, all_sites: bool, as_json: bool) -> None:
+    """Show sites, ranks, spectra and parameters of ADAPTER, and what it can be exported to.
+
+    ADAPTER is an adapter folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA).
+    """
+    from loraplex.analysis.inspection import inspect as run
+
+    found = run(adapter, model)
+    if as_json:
+        click.echo(json.dumps(as_plain(found), indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in render(found, all_sites):
+        console.print(part)
+
+
+def as_plain(found: Inspection) -> dict[str, Any]:
+    """Return the inspection as plain values."""
+    from dataclasses import asdict
+
+    return {**asdict(found), "folder": str(found.folder)}
+
+
+def render(found: Inspection, all_sites: bool) -> list[RenderableType]:
+    """Return what to print."""
+    from rich.markup import escape
+
+    lines = [
+        f"method      {found.method}, saved as {found.saved_as}",
+        f"base model  {found.base or 'not named'}",
+        f"parameters  {found.parameters:,} ({found.bytes:,} bytes in the file)",
+        *(f"and         {what}" for what in found.beside),
+    ]
+    parts: list[RenderableType] = [escape(line) for line in lines]
+    if found.sites:
+        parts += ["", _table(found.sites, all_sites)]
+    return [*parts, "", "Can be exported to", _exports(found)]
+
+
+def _table(sites: Sequence[SiteReport], all_sites: bool) -> RenderableType:
+    """Return norms and spectra of the sites, one line each or one for all of a kind."""
+    from rich.table import Table
+
+    groups: dict[str, list[SiteReport]] = {}
+    for site in sites:
+        groups.setdefault(site.name if all_sites else site.kind, []).append(site)
+    table = Table(title="BA, all scaling included", title_justify="left")
+    table.add_column("site" if all_sites else "module", overflow="fold")
+    for heading in ("sites", "rank", "‖BA‖ mean", "largest σ", "stable rank", "parameters"):
+        table.add_column(heading, justify="right")
+    for name, group in groups.items():
+        largest = max((site.spectrum[0] for site in group if site.spectrum), default=0.0)
+        table.add_row(
+            name,
+            str(len(group)),
+            _span([site.rank for site in group]),
+            f"{sum(site.norm for site in group) / len(group):.3g}",
+            f"{largest:.3g}",
+            f"{sum(site.stable_rank for site in group) / len(group):.1f}",
+            f"{sum(site.rank * (site.in_features + site.out_features) for site in group):,}",
+        )
+    if not all_sites:
+        table.caption, table.caption_justify = "parameters: of the pairs as plain LoRA", "left"
+    return table
+
+
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _exports(found: Inspection) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for target, reason in found.exports.items():
+        table.add_row(target, "yes" if reason is None else f"no: {reason}")
+    return table

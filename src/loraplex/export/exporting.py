@@ -1,0 +1,155 @@
+"""One export: refuse what has no exact form, write, reload, compare, and only then put it in place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from loraplex.data import DataOptions
+from loraplex.errors import UserError
+from loraplex.export.card import CardFacts, is_export, write_card
+from loraplex.export.history import read_history
+from loraplex.export.pairs import site_ranks, trained_parameters
+from loraplex.export.subject import Subject
+from loraplex.export.target import Target, Writing
+from loraplex.export.targets import TARGETS
+from loraplex.export.verification import Agreement, check, compare, model_logits, read_prompts
+from loraplex.models.adapted import adapt, adapter_folder, base_name
+from loraplex.models.loading import load_config, load_model, load_tokenizer
+from loraplex.training.folder import fill_atomically
+from loraplex.training.saving import TOLERANCE
+from loraplex.tuner.adapter_folder import read_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to export to what, and how strictly."""
+
+    adapter: str
+    """An adapter folder, a run folder or a hub id."""
+    to: str
+    """A name of `TARGETS`."""
+    output: Path
+    model: str | None = None
+    """Base model instead of the one that the adapter names."""
+    dtype: str = "auto"
+    """Of what is written; "auto" is float32, for `merged` that of the base model."""
+    tolerance: float | None = None
+    """Largest difference of a logit as a share of the largest logit; by data type when absent."""
+    data: DataOptions | None = None
+    """Rows to compare on instead of the built-in texts."""
+    dequantize: bool = False
+    """For `merged`: merge into the dequantized weights of a quantized base."""
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export."""
+
+    folder: Path
+    notes: list[str]
+    agreements: list[Agreement]
+
+
+def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: None) -> Exported:
+    """Export as ordered and return what came out; `say` is told (topic, text) on the way.
+
+    Raises:
+        UserError: when the adapter has no exact form there, with the reason and the alternatives, or the reloaded
+            result differs by more than the tolerance. Nothing is then put in place.
+    """
+    target = TARGETS[order.to]
+    check_output(order.output, order.overwrite)
+    folder = adapter_folder(order.adapter)
+    base = order.model or base_name(order.adapter)
+    subject = Subject(read_config(folder), {}, load_config(base), order.dequantize)
+    # before anything slow, and again when the sites are known
+    _refuse(target, subject, order)
+    rows = read_prompts(load_tokenizer(base), order.data)
+    dtype = _dtype(target, order, subject.base)
+    model = _load(base, folder, order.dequantize)
+    subject = replace(subject, ranks=site_ranks(model))
+    _refuse(target, subject, order)
+    if not any(subject.ranks.values()):
+        raise UserError(
+            f"the adapter in '{folder}' has no open rank: it changes nothing, so there is nothing to export"
+        )
+    before = model_logits(model, rows)
+    trained = trained_parameters(model)
+    tolerance = TOLERANCE[dtype] if order.tolerance is None else order.tolerance
+    agreements: list[Agreement] = []
+    notes: list[str] = []
+    held = [model]
+    del model
+
+    def fill(temporary: Path) -> None:
+        # the target may use the model up; only one is in memory when the result is reloaded
+        notes.extend(target.write(held.pop(), temporary, Writing(base, dtype)))
+        for note in notes:
+            say("written", note)
+        gc.collect()
+        for reader, after in target.reload(temporary, base, rows).items():
+            agreements.append(compare(reader, before, after, tolerance))
+            say("verified", str(agreements[-1]))
+        check(agreements)
+        write_card(temporary, CardFacts(target, subject, base, read_history(folder), trained, notes, agreements))
+
+    fill_atomically(order.output, fill)
+    return Exported(order.output, notes, agreements)
+
+
+def default_output(adapter: str, to: str) -> Path:
+    """Return FOLDER-TARGET beside a local folder, in the working directory for a hub id."""
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+        return path.with_name(f"{path.name}-{to}")
+    return Path(f"{path.name}-{to}")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless it is an earlier export and `overwrite` is set.
+
+    Raises:
+        UserError: when `output` is a file, or a folder with something else in it.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output '{output}' is a file: give a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"output '{output}' is not empty: --overwrite replaces an earlier export, or name another")
+    if not is_export(output):
+        raise UserError(f"output '{output}' is not an earlier export, so it is not replaced: name another --output")
+
+
+def _refuse(target: Target, subject: Subject, order: Order) -> None:
+    reason = target.refuse(subject)
+    if reason is not None:
+        raise UserError(f"no export of '{order.adapter}' to {target.name}: {reason}")
+
+
+def _dtype(target: Target, order: Order, base: Any) -> torch.dtype:
+    if order.dtype != "auto":
+        return DTYPES[order.dtype]
+    if target.dtype is not None:
+        return target.dtype
+    found = getattr(base.get_text_config(), "dtype", None)
+    return next((dtype for dtype in DTYPES.values() if dtype == found), torch.float32)
+
+
+def _load(base: str, folder: Path, dequantize: bool) -> PeftModel:
+    model: Any = load_model(base, "float32")
+    if dequantize and getattr(model.config, "quantization_config", None) is not None:
+        model = model.dequantize()
+        torch.nn.Module.to(model, dtype=torch.float32)
+    return adapt(model, folder)

@@ -1,0 +1,83 @@
+"""What the targets look at to say whether an adapter has an exact form there: capability flags, config, sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.adapters.registry import Adapter, Deployed
+from loraplex.tuner.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter before it is exported, as far as it is known: sites and ranks only once they have been read."""
+
+    config: AdapterConfig
+    ranks: dict[str, int]
+    """Open ranks by full module name; empty before the weights are read."""
+    base: Any = None
+    """The base model's transformers config; None where it is not at hand."""
+    dequantize: bool = False
+    """Whether a quantized base shall be taken as what its weights stand for."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The method."""
+        return self.config.typed_adapter
+
+    @property
+    def name(self) -> str:
+        """The method in words."""
+        described = self.adapter.describe()
+        if isinstance(described, str):
+            return described
+        return str(described.get("name") or f"{described['factors']} with {described['combine']}")
+
+    @property
+    def quantization(self) -> str | None:
+        """How the base model's weights are and stay quantized; None where they are not, or nobody knows."""
+        found = None if self.dequantize else getattr(self.base, "quantization_config", None)
+        if not found:
+            return None
+        values = found if isinstance(found, dict) else found.to_dict()
+        return str(values.get("quant_method") or "an unnamed method")
+
+
+def not_one_pair(subject: Subject) -> str | None:
+    """Return why the adapter is not one pair (with or without a magnitude) per site, or None when it is."""
+    if subject.adapter.plain is not Deployed.OWN:
+        return None
+    other = "'--to merged' writes the whole model" if subject.adapter.mergeable else "serve it with loraplex itself"
+    return f"the weight change of '{subject.name}' is not one fixed pair of matrices per site; {other}"
+
+
+def not_plain_lora(subject: Subject, reader: str) -> str | None:
+    """Return why `reader`, which takes nothing but pairs (A, B), cannot take the adapter; None when it can."""
+    if (reason := not_one_pair(subject)) is not None:
+        return reason
+    if subject.adapter.plain is Deployed.DORA:
+        return (
+            f"{reader} takes plain LoRA only, and the magnitudes of '{subject.name}' change the frozen weight in full "
+            "rank: no pair of matrices is equal to it; '--to merged' writes the whole model, '--to peft' keeps it as "
+            "DoRA for PEFT"
+        )
+    if beside := trained_beside(subject.config):
+        merged = "" if subject.config.trainable_token_indices else "'--to merged' writes the whole model, "
+        return (
+            f"{reader} takes pairs of matrices only, and this adapter changes {' and '.join(beside)} too; "
+            f"{merged}'--to peft' keeps everything for PEFT"
+        )
+    return None
+
+
+def trained_beside(config: AdapterConfig) -> list[str]:
+    """Return in words what the adapter changes beside its sites."""
+    found = []
+    if config.bias != "none":
+        found.append(f"biases (bias={config.bias!r})")
+    if config.modules_to_save:
+        found.append(f"whole modules ({', '.join(config.modules_to_save)})")
+    if config.trainable_token_indices:
+        found.append("rows of the embedding")
+    return found
