@@ -12,10 +12,12 @@ import pytest
 from tests.conftest import write_tiny_recipe
 
 from loraplex.cli.main import main
-from loraplex.comparison.compare import compare
+from loraplex.comparison.compare import _Sweep, compare
+from loraplex.comparison.jobs import Kind, make_job
 from loraplex.comparison.recipe import read_comparison
 from loraplex.comparison.results import Comparison, read_results
 from loraplex.errors import UserError
+from loraplex.training.reading import read_recipe
 
 ARMS = """arms:
   lora: lora
@@ -184,6 +186,40 @@ def test_equal_compute_gives_the_cheaper_arm_more_steps(tiny_model: Path, tmp_pa
     assert small.steps > 4
     # to within half a step
     assert abs(small.flops / large.flops - 1) < 0.5 / 4
+
+
+@pytest.mark.slow
+def test_without_test_rows_it_trains_and_reports(tiny_model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_model, "arms:\n  lora: lora\n  peft: {peft: {peft_type: LORA}}\n", "seeds: [0]\n")
+    path.write_text(re.sub(r", test: [^}]*}", "}", path.read_text()))
+    found = compare(read_comparison(path))
+    assert found.base is None
+    assert [arm.runs[0].state for arm in found.arms] == ["finished"] * 2
+    assert found.arms[0].runs[0].accuracy is None
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_recipes_are_written_for_finished_jobs_too(tmp_path: Path, tiny_recipe: Path) -> None:
+    """Another recipe may have left its file under the same name: the printed command has to repeat this run."""
+    recipe = read_recipe(tiny_recipe)
+    (tmp_path / "out").mkdir()
+    job = make_job(Kind.TRAIN, "lora-s0", recipe, tmp_path / "out")
+    job.folder.mkdir(parents=True)
+    job.result.write_text("{}")
+    job.file.parent.mkdir()
+    job.file.write_text("another recipe")
+    sweep = _Sweep(read_comparison(write(tmp_path, Path(recipe.model.name))), lambda topic, text: None, False)
+    sweep.carry_out([job], "runs")
+    assert read_recipe(job.file).training == recipe.training
+
+
+def test_results_of_another_version_are_told_from_damaged_ones(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match=r"results\.json was written by another version of loraplex"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        read_results(tmp_path)
 
 
 def test_two_comparisons_do_not_share_a_folder(tiny_model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from loraplex.comparison.sentences import size_sentence
 from loraplex.comparison.statistics import expected_detectable
 from loraplex.comparison.sweep import default_jobs, run_jobs
 from loraplex.errors import UserError
+from loraplex.training.preparation import adapter_config
 from loraplex.training.recipe import Recipe, TrainingOptions
+from loraplex.tuner.config import AdapterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +48,9 @@ class _Sweep:
 
     def carry_out(self, jobs: list[Job], what: str) -> None:
         """Run the jobs that are not finished, with one bar over all of their steps."""
+        for job in jobs:
+            # finished ones too: an earlier recipe may have left another file of that name
+            job.write_recipe()
         waiting = [job for job in jobs if not job.finished]
         if len(waiting) < len(jobs):
             self.say(what, f"{len(jobs) - len(waiting)} of {len(jobs)} are there already")
@@ -152,9 +157,6 @@ def _solve(sweep: _Sweep) -> None:
 
 
 def _write_plan(sweep: _Sweep, name: str, solved: Solved, counter: Counter) -> None:
-    from loraplex.training.preparation import adapter_config
-    from loraplex.tuner.config import AdapterConfig
-
     config = adapter_config(solved.recipe)
     if isinstance(config, AdapterConfig) and config.rank_pattern:
         folder = sweep.output / "plans"
@@ -177,6 +179,8 @@ def _quiet(sweep: _Sweep, name: str) -> Recipe:
 
 def _match_compute(sweep: _Sweep) -> None:
     """Give the cheaper arms more steps, until all arms have the operations of the dearest."""
+    if any(solved.recipe.training.max_steps is None for solved in sweep.solved.values()):
+        raise UserError("match: compute changes the number of steps: set training.max_steps")
     flops = _count_flops(sweep)
     missing = [name for name in sweep.solved if name not in flops]
     if missing:
@@ -186,8 +190,7 @@ def _match_compute(sweep: _Sweep) -> None:
     most = max(flops.values())
     for name, solved in sweep.solved.items():
         training = solved.recipe.training
-        if training.max_steps is None:
-            raise UserError("match: compute changes the number of steps: set training.max_steps")
+        assert training.max_steps is not None
         steps = round(training.max_steps * most / flops[name])
         sweep.solved[name] = replace(solved, recipe=replace(solved.recipe, training=replace(training, max_steps=steps)))
         sweep.say("steps", f"{name}: {steps}")
@@ -248,7 +251,7 @@ def _describe(recipe: Recipe, common: TrainingOptions) -> str:
     """Return an arm in a few words: the adapter, its rank, and where its training differs from the reference's."""
     section: dict[str, Any] = recipe.peft or recipe.adapter
     words = [recipe.adapter_name]
-    if (rank := section.get("r", 8 if not recipe.peft else None)) is not None:
+    if (rank := section.get("r", None if recipe.peft else AdapterConfig.r)) is not None:
         uneven = len({rank, *section.get("rank_pattern", {}).values()}) > 1
         words.append(f"r={rank}{'–' + str(rank + 1) if uneven else ''}")
     for key, value in vars(recipe.training).items():
@@ -279,8 +282,8 @@ def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict
 
 def _sources(recipe: Recipe) -> str:
     """Return where the rows come from, in a line."""
-    names = {split: " and ".join(recipe.data.sources(split)) for split in ("train", "test")}
-    return f"{names['train']}, tested on {names['test']}"
+    trained = " and ".join(recipe.data.sources("train"))
+    return trained if recipe.data.test is None else f"{trained}, tested on {' and '.join(recipe.data.sources('test'))}"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from loraplex.comparison.statistics import summarize
 from loraplex.comparison.summary import ArmStatistics, Contrast, Summary
 from loraplex.comparison.table import Cell, Column, Row, columns, points, rate, rows
 from loraplex.comparison.theme import DARK, LIGHT, SHAPES, Colors, arm_places, chart_config
+from loraplex.training.folder import write_atomically
 
 REPORT, PLOTS = "report.html", "plots"
 _ASSETS = Path(__file__).with_name("assets")
@@ -115,11 +116,8 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> Path:
     for number, section in enumerate(sections, 1):
         prefix = f"{number}-{_slug(section.comparison.name)}-" if len(sections) > 1 else ""
         _write_pictures(section, list(places), folder / PLOTS, prefix)
-    path = folder / REPORT
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(_html(sections, places), encoding="utf-8")
-    temporary.replace(path)
-    return path
+    write_atomically(folder / REPORT, _html(sections, places))
+    return folder / REPORT
 
 
 def _section(number: int, comparison: Comparison, names: Sequence[str]) -> Section:

@@ -6,13 +6,15 @@ Everything the statistics and the report need is in these classes; neither reads
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from loraplex.errors import UserError
+from loraplex.training.folder import write_atomically, write_json
 
 FORMAT = 1
 RESULTS, RUNS_CSV, ITEMS_CSV = "results.json", "runs.csv", "items.csv"
@@ -141,18 +143,16 @@ class Comparison:
 def write_results(comparison: Comparison, folder: Path) -> None:
     """Write results.json, runs.csv and items.csv into `folder`, each of them whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {"format": FORMAT, **asdict(comparison)}
-    _replace(folder / RESULTS, lambda file: json.dump(plain, file, indent=1))
+    write_json(folder / RESULTS, {"format": FORMAT, **asdict(comparison)})
     runs = [(arm, run) for arm in comparison.arms for run in arm.runs]
     header = ["arm", "learning_rate", *_RUN_COLUMNS]
     rows = [[arm.name, arm.learning_rate, *(getattr(run, name) for name in _RUN_COLUMNS)] for arm, run in runs]
-    _replace(folder / RUNS_CSV, lambda file: csv.writer(file).writerows([header, *rows]))
-    items = [[arm.name, run.seed, item.id, item.task, int(item.correct)] for arm, run in runs for item in run.items]
+    _write_csv(folder / RUNS_CSV, [header, *rows])
+    named = [(arm.name, run) for arm, run in runs]
     if comparison.base is not None:
-        base = comparison.base
-        items = [["base model", base.seed, item.id, item.task, int(item.correct)] for item in base.items] + items
-    columns = ["arm", "seed", "item", "task", "correct"]
-    _replace(folder / ITEMS_CSV, lambda file: csv.writer(file).writerows([columns, *items]))
+        named.insert(0, ("base model", comparison.base))
+    items = [[name, run.seed, item.id, item.task, int(item.correct)] for name, run in named for item in run.items]
+    _write_csv(folder / ITEMS_CSV, [["arm", "seed", "item", "task", "correct"], *items])
 
 
 def read_results(folder: Path) -> Comparison:
@@ -164,17 +164,29 @@ def read_results(folder: Path) -> Comparison:
     path = folder / RESULTS
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        if plain.pop("format") != FORMAT:
-            raise UserError(f"{path} was written by another version of loraplex: run the comparison again")
-        arms = [
-            Arm(**{**arm, "runs": [_run(run) for run in arm["runs"]], "trials": [Trial(**t) for t in arm["trials"]]})
-            for arm in plain["arms"]
-        ]
-        return Comparison(**{**plain, "arms": arms, "base": _run(plain["base"]) if plain["base"] else None})
+        found = plain.pop("format")
     except FileNotFoundError:
         raise UserError(f"there are no results of a comparison in '{folder}': {RESULTS} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): run `loraplex compare` again, finished runs are kept") from error
+        raise _damaged(path, error) from error
+    if found != FORMAT:
+        raise UserError(f"{path} was written by another version of loraplex: run the comparison again")
+    try:
+        return _comparison(plain)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}): run `loraplex compare` again, finished runs are kept")
+
+
+def _comparison(plain: dict[str, Any]) -> Comparison:
+    arms = [
+        Arm(**{**arm, "runs": [_run(run) for run in arm["runs"]], "trials": [Trial(**t) for t in arm["trials"]]})
+        for arm in plain["arms"]
+    ]
+    return Comparison(**{**plain, "arms": arms, "base": _run(plain["base"]) if plain["base"] else None})
 
 
 def _run(plain: dict[str, Any]) -> Run:
@@ -182,8 +194,7 @@ def _run(plain: dict[str, Any]) -> Run:
     return Run(**{**plain, "loss": loss, "items": [Item(**item) for item in plain["items"]]})
 
 
-def _replace(path: Path, write: Callable[[TextIO], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        write(file)
-    temporary.replace(path)
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue())

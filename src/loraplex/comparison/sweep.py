@@ -29,20 +29,15 @@ def default_jobs() -> int:
 def run_jobs(
     jobs: Sequence[Job], at_once: int, logs: Path, progress: Progress = lambda job, steps: None
 ) -> dict[str, str]:
-    """Carry out every job that is not finished and return the error of each that failed, by its name.
+    """Carry out the jobs and return the error of each that failed, by its name.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, after the running jobs have saved their state.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in jobs if not job.finished]
-    for job in waiting:
-        job.write_recipe()
     errors: dict[str, str] = {}
     with ThreadPoolExecutor(at_once) as pool:
-        running: dict[Future[str | None], Job] = {
-            pool.submit(_run, job, at_once, logs, progress): job for job in waiting
-        }
+        running: dict[Future[str | None], Job] = {pool.submit(_run, job, at_once, logs, progress): job for job in jobs}
         try:
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -66,7 +66,7 @@ def _measure_base(recipe: Recipe) -> None:
     folder = RunFolder(recipe.output)
     tokenizer = load_tokenizer(recipe.model.name)
     rows = read_rows(recipe, tokenizer)
-    model = load_model(recipe.model.name, recipe.model.dtype).eval()
+    model = load_model(recipe.model.name, recipe.model.dtype)
     measured = measure(model, tokenizer, rows.test, recipe.evaluation)
     measured.write(folder.evaluation / "after.jsonl")
     write_json(folder.metrics, {"accuracy": {"after": measured.summary}})
