@@ -34,12 +34,12 @@ def main() -> None:
 
 @main.command()
 @_options
-@click.option("--only", type=click.Choice(["lora", "dora", "pair"]), help="One part; pair: our DoRA and LoRA.")
+@click.option("--only", type=click.Choice(["lora", "dora", "pair", "compact"]), help="One part; pair: our DoRA and LoRA.")
 def training(rounds: int | None, quick: bool, only: str | None) -> None:
     """Training steps against the limit and against TRL with PEFT."""
     from benchmarks.training import run
 
-    for part in (only,) if only else ("lora", "dora", "pair"):
+    for part in (only,) if only else ("lora", "dora", "pair", "compact"):
         run(part, _plan(rounds, quick, default=45 if part == "pair" else 9))
 
 

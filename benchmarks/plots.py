@@ -106,6 +106,7 @@ _DRAWN: dict[str, Callable[[Result], Figure]] = {
     "training-lora": _contest,
     "training-dora": _contest,
     "training-pair": _contest,
+    "training-compact": _contest,
     "evaluation": _contest,
     "layers": _layers,
     "growth": _growth,

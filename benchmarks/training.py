@@ -31,8 +31,15 @@ CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
         "ours-bare": TrainingWork("loraplex", "dora", "bare"),
     },
     "pair": {"ours": TrainingWork("loraplex", "dora"), "ours-lora": _OURS_LORA},
+    "compact": {
+        **{name: TrainingWork("loraplex", name) for name in ("prolora", "tied-tl5", "tied-tl6", "lora-xs")},
+        "pissa": TrainingWork("loraplex", {"name": "lora", "init": "pissa"}),
+        "ours-lora": _OURS_LORA,
+    },
 }
-"""By adapter, and DoRA beside LoRA alone, in more rounds; `bare` is forward and backward without a trainer."""
+"""By adapter; DoRA beside LoRA alone, in more rounds; the compact adapters of the same rank beside LoRA.
+
+`bare` is forward and backward without a trainer."""
 
 COMPARISONS: dict[str, tuple[Comparison, ...]] = {
     "lora": (
@@ -57,6 +64,10 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
         Comparison("ours", "peft-shipped", "memory"),
     ),
     "pair": (Comparison("ours", "ours-lora", "time", goal=1.08), Comparison("ours", "ours-lora", "memory")),
+    "compact": tuple(
+        Comparison(name, "ours-lora", "time", goal=1.15)
+        for name in ("prolora", "tied-tl5", "tied-tl6", "lora-xs", "pissa")
+    ),
 }
 
 

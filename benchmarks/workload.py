@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,8 @@ class TrainingWork:
     """What one training contestant does, told to its process as JSON."""
 
     library: Literal["limit", "loraplex", "peft"]
-    adapter: Literal["lora", "dora"] = "lora"
+    adapter: str | dict[str, Any] = "lora"
+    """A preset's name; for loraplex also a mapping with options."""
     setting: Literal["bare", "padded", "best", "shipped"] = "padded"
     """`bare` is forward and backward alone; the others are whole steps under SFTTrainer, see `training_worker`."""
     rank: int = 16
