@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from loraplex import AdapterConfig
-from loraplex.export.verification import model_logits
+from loraplex.models.agreement import model_logits
 
 Make = Callable[..., Path]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from loraplex import UserError
-from loraplex.export.verification import PROMPTS, check, compare, pair_logits, read_prompts
+from loraplex.export.verification import PROMPTS, check, pair_logits, read_prompts
+from loraplex.models.agreement import compare
 from loraplex.models.loading import load_model, load_tokenizer
 
 

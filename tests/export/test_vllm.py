@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from loraplex import UserError
 from loraplex.export.engine import RANKS, engine_rank, read_as_engine
 from loraplex.export.exporting import Order, export
-from loraplex.export.verification import model_logits, pair_logits, read_prompts
+from loraplex.export.verification import pair_logits, read_prompts
 from loraplex.models.adapted import load_adapted
+from loraplex.models.agreement import model_logits
 from loraplex.models.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")

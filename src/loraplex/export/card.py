@@ -14,7 +14,7 @@ from loraplex.export.base_lines import is_embedded
 from loraplex.export.history import History
 from loraplex.export.subject import Subject
 from loraplex.export.target import Target
-from loraplex.export.verification import Agreement
+from loraplex.models.agreement import Agreement
 from loraplex.models.embedded import PACKAGE, PACKAGE_VERSION
 
 FILE = "README.md"

@@ -19,11 +19,11 @@ from loraplex.export.pairs import site_ranks, trained_parameters
 from loraplex.export.subject import Subject
 from loraplex.export.target import Target, Writing
 from loraplex.export.targets import TARGETS
-from loraplex.export.verification import Agreement, check, compare, model_logits, read_prompts
+from loraplex.export.verification import TOLERANCE, check, read_prompts
 from loraplex.models.adapted import adapt, adapter_folder, base_name
+from loraplex.models.agreement import Agreement, compare, model_logits
 from loraplex.models.loading import load_config, load_model, load_tokenizer
 from loraplex.training.folder import fill_atomically
-from loraplex.training.saving import TOLERANCE
 from loraplex.tuner.adapter_folder import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

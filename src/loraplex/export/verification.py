@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from loraplex.data import DataOptions, Example, read_examples
 from loraplex.data.tokenization import prompt_ids, tokenize
 from loraplex.errors import UserError
+from loraplex.models.agreement import Agreement, model_logits
+
+# Largest difference of a logit, as a share of the largest logit, by the type that is written: everything is computed in
+# float32, so what remains is the rounding of the file.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 
 LONGEST = 128  # tokens of a row that are compared
 
@@ -28,39 +32,6 @@ PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How two models compare at every position of the same rows."""
-
-    reader: str
-    """Who computed the second set of logits."""
-    rows: int
-    tokens: int
-    largest_logit: float
-    """Of the adapter as it was."""
-    max_difference: float
-    """Of any logit."""
-    mean_difference: float
-    kl: float
-    """KL(adapter as it was ‖ reloaded) in nats per position."""
-    same_top1: float
-    """Share of positions at which both predict the same next token."""
-    tolerance: float
-    """Allowed `max_difference` as a share of `largest_logit`."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the largest difference is allowed; NaN is not."""
-        return self.max_difference <= self.tolerance * self.largest_logit
-
-    def __str__(self) -> str:
-        return (
-            f"{self.reader}: logits (up to {self.largest_logit:.3g}) differ by {self.max_difference:.2g} at most and "
-            f"{self.mean_difference:.2g} on average, KL {self.kl:.2g} nats, same top token at {self.same_top1:.2%} of "
-            f"{self.tokens:,} positions"
-        )
-
-
 def read_prompts(tokenizer: PreTrainedTokenizerBase, data: DataOptions | None = None) -> list[list[int]]:
     """Return the token ids to compare on: the built-in texts, or the rows of `data.test` with their completions.
 
@@ -72,13 +43,6 @@ def read_prompts(tokenizer: PreTrainedTokenizerBase, data: DataOptions | None = 
     else:
         rows = [row["input_ids"] for row in tokenize(read_examples(data, "test"), tokenizer).rows]
     return [row[:LONGEST] for row in rows]
-
-
-@torch.inference_mode()
-def model_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits (tokens, vocabulary) of every row, in float32 on the CPU."""
-    device = next(model.parameters()).device
-    return [model(input_ids=torch.tensor([list(row)], device=device)).logits[0].float().cpu() for row in rows]
 
 
 def pair_logits(
@@ -101,32 +65,6 @@ def pair_logits(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def compare(reader: str, before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float) -> Agreement:
-    """Return how the logits `after` of `reader` agree with those `before`; each is (tokens, vocabulary) per row."""
-    tokens = sum(len(logits) for logits in before)
-    differences = [(a - b).abs() for a, b in zip(before, after, strict=True)]
-    kl = sum(_kl(a, b) for a, b in zip(before, after, strict=True))
-    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(before, after, strict=True))
-    return Agreement(
-        reader=reader,
-        rows=len(before),
-        tokens=tokens,
-        largest_logit=max(float(logits.abs().max()) for logits in before),
-        # of tensors, because max() of Python's would skip NaN
-        max_difference=float(torch.stack([difference.max() for difference in differences]).max()),
-        mean_difference=sum(float(d.double().mean()) * len(d) for d in differences) / tokens,
-        kl=kl / tokens,
-        same_top1=same / tokens,
-        tolerance=tolerance,
-    )
-
-
-def _kl(before: Tensor, after: Tensor) -> float:
-    """Return Σ over positions of KL(before ‖ after)."""
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return max(0.0, float(F.kl_div(q, p, reduction="sum", log_target=True)))
 
 
 def check(agreements: Sequence[Agreement]) -> None:

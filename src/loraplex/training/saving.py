@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.errors import UserError
+from loraplex.adapters.registry import Deployed
+from loraplex.models.agreement import model_logits
 from loraplex.training.base_model import write_base
 from loraplex.training.folder import fill_atomically
+from loraplex.training.reloading import Reload, checked, site_differences
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.loading import load_adapter
 from loraplex.tuner.plain import save_plain
 
-# Largest difference of a logit, as a share of the largest logit, that rounding explains when PEFT computes the adapter
-# in another order of operations than we do: in bfloat16 one rounding is 2**-8, and 30 blocks of them made 2**-4.9 of an
-# adapter that is equal to the last bit in float32. Whether the file is complete is for the exact comparison to say.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 COMPARED_ROWS = 4
-
-
-@dataclass(frozen=True)
-class Reload:
-    """How the reloaded adapter compares with the model that was trained, in the data type of the frozen weights."""
-
-    rows: int
-    """Training rows compared."""
-    dtype: str
-    largest_logit: float
-    difference: float | None
-    """Largest of any logit, reloaded by loraplex: the same operations, so 0 unless an allocation compacted ranks. None
-    for an adapter of stock PEFT."""
-    difference_peft: float
-    """Largest of any logit, reloaded by PEFT; of a type of our own, its pairs written out as plain LoRA."""
-    tolerance_peft: float
-    """Allowed `difference_peft` as a share of the largest logit."""
-    same_prediction_peft: float
-    """Share of positions at which both predict the same next token."""
-
-    def __str__(self) -> str:
-        stock = (
-            f"stock PEFT within {self.dtype} rounding ({self.difference_peft:.2g} on logits of up to "
-            f"{self.largest_logit:.3g})"
-        )
-        if self.difference is None:
-            return f"in {stock}"
-        equal = "equal to the bit" if self.difference == 0 else f"equal up to {self.difference:.2g}"
-        return f"{equal} in loraplex, in {stock}"
 
 
 def save_checked(
@@ -63,19 +31,16 @@ def save_checked(
     base: dict[str, Any],
     fresh_base: Callable[[], PreTrainedModel],
 ) -> tuple[PeftModel, Reload]:
-    """Save `model`'s adapter to `folder` and return it reloaded by PEFT on `fresh_base()`, with the comparison.
+    """Save `model`'s adapter to `folder` and return it reloaded on `fresh_base()`, with the comparison.
 
-    `rows` are token ids to compute logits on, `base` the record of the base model. Until the comparison has passed
-    nothing stands at `folder`, or what stood there before.
+    PEFT's own tuner reloads it where it has a form that PEFT knows, ours where it has none. `rows` are token ids to
+    compute logits on, `base` the record of the base model. Until the comparison has passed nothing stands at `folder`,
+    or what stood there before.
 
     Raises:
         UserError: when the reloaded adapter does not compute what the trained one does.
     """
     rows = rows[:COMPARED_ROWS]
-    trained = _logits(model, rows)
-    config = model.peft_config[model.active_adapter]
-    # Compaction folds the scale into B, which rounds.
-    is_exact = isinstance(config, AdapterConfig) and config.finished_ranks is None
     result: list[tuple[PeftModel, Reload]] = []
 
     def fill(temporary: Path) -> None:
@@ -83,72 +48,48 @@ def save_checked(
         write_base(temporary, base)
         # PEFT's model card is a form with nothing filled in.
         (temporary / "README.md").unlink(missing_ok=True)
-        fresh = fresh_base()
-        again = None
-        if isinstance(config, AdapterConfig):
-            ours = load_adapter(fresh, str(temporary))
-            again, fresh = _logits(ours, rows), ours.unload()
-        stock = _by_stock_peft(fresh, model, temporary)
-        result.append((stock, _compare(trained, again, _logits(stock, rows), fresh.dtype, is_exact)))
+        result.append(_reload(model, temporary, rows, fresh_base()))
 
     fill_atomically(folder, fill)
     return result[0]
 
 
-def _by_stock_peft(fresh: torch.nn.Module, model: PeftModel, folder: Path) -> PeftModel:
-    """Return the adapter on `fresh` under PEFT's own tuner: the folder's, or its pairs written out as plain LoRA."""
+def _reload(
+    model: PeftModel, folder: Path, rows: Sequence[Sequence[int]], fresh: PreTrainedModel
+) -> tuple[PeftModel, Reload]:
+    """Return the adapter in `folder` on `fresh`, and how it compares with `model`."""
+    trained, dtype = _logits(model, rows), fresh.dtype
     config = model.peft_config[model.active_adapter]
+    if not isinstance(config, AdapterConfig):
+        stock = _evaluating(PeftModel.from_pretrained(fresh, str(folder)))
+        return stock, checked(trained, None, _logits(stock, rows), [], dtype, is_exact=False)
+    ours = _evaluating(load_adapter(fresh, str(folder)))
+    again = _logits(ours, rows)
+    # Compaction folds the scale into B, which rounds.
+    is_exact = config.finished_ranks is None
+    if config.typed_adapter.plain is Deployed.OWN:
+        return ours, checked(trained, again, None, [], dtype, is_exact)
+    stock = _by_stock_peft(ours.unload(), model, config, folder)
+    sites = list(site_differences(model, stock))
+    return stock, checked(trained, again, _logits(stock, rows), sites, dtype, is_exact)
+
+
+def _by_stock_peft(fresh: torch.nn.Module, model: PeftModel, config: AdapterConfig, folder: Path) -> PeftModel:
+    """Return the adapter on `fresh` under PEFT's own tuner: the folder's, or its pairs written out as plain LoRA."""
     with tempfile.TemporaryDirectory() as plain:
-        if isinstance(config, AdapterConfig) and config.deployed is not config.typed_adapter.plain:
+        if config.deployed is not config.typed_adapter.plain:
             save_plain(model, plain, model.active_adapter)
             folder = Path(plain)
-        stock = PeftModel.from_pretrained(fresh, str(folder))
-    stock.eval()
-    return stock
+        return _evaluating(PeftModel.from_pretrained(fresh, str(folder)))
 
 
-def _compare(
-    trained: Sequence[Tensor],
-    ours: Sequence[Tensor] | None,
-    stock: Sequence[Tensor],
-    dtype: torch.dtype,
-    is_exact: bool,
-) -> Reload:
-    agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(trained, stock, strict=True))
-    report = Reload(
-        rows=len(trained),
-        dtype=str(dtype).removeprefix("torch."),
-        largest_logit=max(float(logits.abs().max()) for logits in trained),
-        difference=None if ours is None else _largest_difference(trained, ours),
-        difference_peft=_largest_difference(trained, stock),
-        tolerance_peft=TOLERANCE.get(dtype, min(TOLERANCE.values())),
-        same_prediction_peft=agreeing / sum(len(logits) for logits in trained),
-    )
-    allowed = report.tolerance_peft * report.largest_logit
-    for who, difference, limit in (
-        ("loraplex", report.difference, 0.0 if is_exact else allowed),
-        ("PEFT", report.difference_peft, allowed),
-    ):
-        if difference is not None and not difference <= limit:
-            raise UserError(
-                f"the saved adapter, reloaded by {who}, does not compute what the trained one does: a logit differs by "
-                f"{difference:.3g}, {limit:.3g} is allowed; nothing was put in place, the checkpoints are kept"
-            )
-    return report
-
-
-def _largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
-
-
-@torch.no_grad()
-def _logits(model: PeftModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits (tokens, vocabulary) of every row, in float32 on the CPU."""
-    was_training = model.training
+def _evaluating(model: PeftModel) -> PeftModel:
     model.eval()
-    logits = []
-    for row in rows:
-        ids = torch.tensor([list(row)], device=model.device)
-        logits.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().cpu())
+    return model
+
+
+def _logits(model: PeftModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    was_training = model.training
+    logits = model_logits(_evaluating(model), rows)
     model.train(was_training)
     return logits
