@@ -7,8 +7,9 @@ A (r, in), B (out, r). The scale s is part of B wherever a pair is handed over, 
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,10 @@ class Factors(nn.Module, ABC):
     def borrowed(self) -> list[nn.Module]:
         """Return the modules that these factors use and the tuner owns."""
         return [self.__dict__[attribute] for attribute in self._borrowed]
+
+    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yield the parameters that learn at another rate than the optimizer's, with the ratio (LoRA+)."""
+        yield from ()
 
     def check_file(self, site: str, tensors: Mapping[str, Tensor]) -> None:
         """Check that a file's `tensors`, by their names here, go with the frozen tensors that it does not hold.
@@ -193,6 +198,17 @@ class SiteAdapter(nn.Module):
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return W' − W0 (out, in); see `Combine.delta_weight`."""
         return self.combine.delta_weight(weight, self.factors)
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool = False) -> float:
+    """Return s: alpha/r, or alpha/√r with rsLoRA (Kalajdzievski, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def check_lr_ratio(ratio: Any) -> None:
+    """Raise a UserError when `ratio` (LoRA+: η_B/η_A) is not a finite number above 0."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+        raise UserError(f"loraplus_lr_ratio is {ratio!r}: give a number above 0, such as 16")
 
 
 def uniform(shape: tuple[int, int], bound: float, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 Paper: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1;
 the scale alpha/√r is rsLoRA's, Kalajdzievski, arXiv 2312.03732; the start from singular vectors is PiSSA's, Meng et
-al., arXiv 2404.02948.
+al., arXiv 2404.02948; the two learning rates η_B = λ·η_A are LoRA+'s, Hayou et al., arXiv 2402.12354.
 ΔW = s·B·diag(gate)·A with s = alpha/r. Trainable parameters per site: r·(in + out).
 Under PiSSA W0 ≈ U S Vᵀ, B0 = U √(S/s), A0 = √(S/s) Vᵀ, and ΔW = s·(B A − B0 A0): the paper puts W0 − s·B0 A0 in the
 place of W0, here W0 stays as it is.
@@ -11,6 +11,7 @@ place of W0, here W0 stays as it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.bases import singular_bases
-from loraplex.adapters.contracts import Factors, SiteInit, check_rank, uniform
+from loraplex.adapters.contracts import Factors, SiteInit, check_lr_ratio, check_rank, scaling, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
 from loraplex.errors import UserError, nearest
 
@@ -29,11 +30,14 @@ class LoRA:
 
     use_rslora: bool = False
     """Scale by alpha/√r (rsLoRA) instead of alpha/r."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of B as a multiple of A's, which is the optimizer's (LoRA+)."""
     init: Literal["uniform", "pissa"] = "uniform"
     """Start from random A and B = 0, or from the leading singular vectors of W0 ("pissa")."""
 
     def __post_init__(self) -> None:
-        """Refuse an initialization that is not known."""
+        """Refuse an initialization that is not known, and a ratio that is none."""
+        check_lr_ratio(self.loraplus_lr_ratio)
         if self.init not in ("uniform", "pissa"):
             hint = nearest(str(self.init), ["uniform", "pissa"])
             raise UserError(f"init is {self.init!r}: choose 'uniform' or 'pissa'.{hint}")
@@ -45,7 +49,7 @@ class LoRA:
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s: alpha/√r with rsLoRA, alpha/r otherwise."""
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return scaling(alpha, rank, self.use_rslora)
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the largest rank that is allowed: beyond the longer side not even one of A and B is low-rank.
@@ -64,6 +68,7 @@ class LoRAFactors(Factors):
 
     def __init__(self, site: SiteInit, options: LoRA) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
+        self.lr_ratio = options.loraplus_lr_ratio
         generator = site.generator()
         bound = 1 / math.sqrt(site.in_features)
         self.lora_A = nn.Parameter(uniform((site.rank, site.in_features), bound, generator))
@@ -76,6 +81,11 @@ class LoRAFactors(Factors):
         """Return the trainable pair itself."""
         return self.lora_A, self.lora_B
 
+    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yield B with λ = η_B/η_A of LoRA+."""
+        if self.lr_ratio != 1:
+            yield self.lora_B, self.lr_ratio
+
 
 class PiSSAFactors(Factors):
     """A and B start at A0 and B0, which stay as buffers and are saved: exactly LoRA of rank 2r."""
@@ -86,6 +96,7 @@ class PiSSAFactors(Factors):
 
     def __init__(self, site: SiteInit, options: LoRA) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
+        self.lr_ratio = options.loraplus_lr_ratio
         check_rank(site.name, site.rank, options.largest_rank(site.in_features, site.out_features))
         weight = site.weight().detach()
         if site.meta or weight.is_meta:
@@ -107,6 +118,11 @@ class PiSSAFactors(Factors):
         """Return [A − A0; A0] (2r, in) and [B, B − B0] (out, 2r): B A − B0 A0, and exactly 0 at the start."""
         a0, b0 = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
         return torch.cat([self.lora_A - a0, a0]), torch.cat([self.lora_B, self.lora_B - b0], dim=1)
+
+    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yield B with λ = η_B/η_A of LoRA+."""
+        if self.lr_ratio != 1:
+            yield self.lora_B, self.lr_ratio
 
 
 REGISTRY.add(

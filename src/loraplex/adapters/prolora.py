@@ -11,12 +11,13 @@ Trainable parameters per site: u·(in + out) + (r − u)·(⌈in/m⌉ + ⌈out/n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import Factors, SiteInit, check_rank, uniform
+from loraplex.adapters.contracts import Factors, SiteInit, check_lr_ratio, check_rank, scaling, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
 from loraplex.errors import UserError
 
@@ -33,9 +34,12 @@ class PRoLoRA:
     """How often the chunk of B is repeated along the output."""
     use_rslora: bool = False
     """Scale by alpha/√r (rsLoRA) instead of alpha/r."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of B (its chunk and its whole ranks) as a multiple of A's, which is the optimizer's (LoRA+)."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that are not whole, or too small."""
+        check_lr_ratio(self.loraplus_lr_ratio)
         for name, least in (("u", 0), ("m", 1), ("n", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -43,7 +47,7 @@ class PRoLoRA:
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s: alpha/√r with rsLoRA, alpha/r otherwise."""
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return scaling(alpha, rank, self.use_rslora)
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the largest rank that is allowed, as for LoRA."""
@@ -66,6 +70,7 @@ class PRoLoRAFactors(Factors):
             raise UserError(
                 f"rank of {site.name} is {site.rank}, but u = {options.u} ranks are not shared: raise r or lower u"
             )
+        self.lr_ratio = options.loraplus_lr_ratio
         shared = site.rank - options.u
         generator = site.generator()
         bound = 1 / math.sqrt(site.in_features)
@@ -98,6 +103,11 @@ class PRoLoRAFactors(Factors):
         if self.lora_A_unshared is None or self.lora_B_unshared is None:
             return a, b
         return torch.cat([a, self.lora_A_unshared]), torch.cat([b, self.lora_B_unshared], dim=1)
+
+    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yield what B is made of with λ = η_B/η_A of LoRA+."""
+        if self.lr_ratio != 1:
+            yield from ((b, self.lr_ratio) for b in (self.lora_B, self.lora_B_unshared) if b is not None)
 
 
 def _rotation(shared: int, copies: int) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import Factors, SiteInit, uniform
+from loraplex.adapters.contracts import Factors, SiteInit, scaling, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
 from loraplex.errors import UserError
 
@@ -53,7 +53,7 @@ class Tied:
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s = alpha/r."""
-        return alpha / rank
+        return scaling(alpha, rank)
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the largest rank that is allowed, as for LoRA."""

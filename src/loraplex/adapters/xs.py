@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.bases import singular_bases
-from loraplex.adapters.contracts import Factors, SiteInit, check_rank, uniform
+from loraplex.adapters.contracts import Factors, SiteInit, check_rank, scaling, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
 from loraplex.errors import UserError
 
@@ -38,7 +38,7 @@ class XS:
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s = alpha/r."""
-        return alpha / rank
+        return scaling(alpha, rank)
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the largest rank that is allowed: W0 has no more singular vectors."""

@@ -1,0 +1,35 @@
+"""The callback by which a Trainer finds out that its optimizer cannot keep to learning rates of LoRA+'s kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from loraplex.errors import UserError
+from loraplex.tuner.model import LoraplexTuner
+
+
+class RateCheck(TrainerCallback):
+    """Stops a Trainer before the first step when its optimizer cannot keep to the ratios."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look for the parameters in the groups of the optimizer.
+
+        Raises:
+            UserError: when they are not there, as under DeepSpeed, which trains flat copies.
+        """
+        model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
+        if model is None or optimizer is None:
+            return
+        tuners = [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+        rated = [parameter for tuner in tuners for parameter, _ in tuner.learning_rate_ratios()]
+        inner = getattr(optimizer, "optimizer", optimizer)
+        held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        lost = [parameter for parameter in rated if parameter.requires_grad and id(parameter) not in held]
+        if lost or (rated and not isinstance(inner, torch.optim.Optimizer)):
+            raise UserError(
+                f"loraplus_lr_ratio would have no effect: {type(inner).__name__} does not hold the adapter's own "
+                "parameters in its groups; leave the option out, or train with an optimizer of torch's kind"
+            )

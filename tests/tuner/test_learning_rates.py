@@ -1,0 +1,197 @@
+"""LoRA+: B learns at a multiple of A's rate under trainers that know nothing of it, or training stops."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tests.tuner.tiny_models import llama
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from loraplex import AdapterConfig, UserError
+
+RATIO = 16
+ROWS = [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(8)]
+
+
+def model(**options: Any) -> PeftModel:
+    config = AdapterConfig(
+        adapter={"name": "lora", "loraplus_lr_ratio": RATIO, **options},
+        r=3,
+        target_modules=["q_proj", "down_proj"],
+        seed=0,
+    )
+    return get_peft_model(llama(), config)
+
+
+def arguments(folder: Path, **changed: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 2,
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "report_to": [],
+            "seed": 3,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **changed,
+        }
+    )
+
+
+def trained(tensors: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in tensors.named_parameters() if p.requires_grad}
+
+
+class TwoRates(Trainer):
+    """The definition: two groups, which the scheduler knows."""
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        rate = self.args.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for name, p in named if "lora_B" not in name], "lr": rate},
+                {"params": [p for name, p in named if "lora_B" in name], "lr": RATIO * rate},
+            ],
+            weight_decay=0.1,
+        )
+        return self.optimizer
+
+
+@pytest.mark.parametrize("adapter", [{}, {"combine": "magnitude", "factors": "lora"}, {"init": "pissa"}], ids=str)
+def test_a_trainer_that_knows_nothing_of_it_trains_as_with_two_groups(adapter: dict[str, Any], tmp_path: Path) -> None:
+    options = {"name": "lora", **adapter}
+    if "factors" in options:
+        del options["name"]
+
+    def fresh(ratio: float) -> PeftModel:
+        config = AdapterConfig(
+            adapter={**options, "loraplus_lr_ratio": ratio}, r=3, target_modules=["q_proj", "down_proj"], seed=0
+        )
+        return get_peft_model(llama(), config)
+
+    mine, theirs = fresh(RATIO), fresh(1)
+    trainer = Trainer(mine, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    trainer.train()
+    TwoRates(theirs, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS)).train()
+    expected = trained(theirs)
+    for name, tensor in trained(mine).items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+    # the groups are as the trainer made them
+    assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
+    changed = fresh(1)
+    Trainer(changed, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS)).train()
+    assert any(not torch.allclose(trained(changed)[name], expected[name]) for name in expected)
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path: Path) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 3}
+    whole = model()
+    Trainer(whole, arguments(tmp_path, **kept), train_dataset=Dataset.from_list(ROWS)).train()
+    resumed = model()
+    trainer = Trainer(resumed, arguments(tmp_path, **kept), train_dataset=Dataset.from_list(ROWS))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, tensor in trained(whole).items():
+        torch.testing.assert_close(trained(resumed)[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copied"])
+def test_a_plain_loop_needs_nothing(copied: bool) -> None:
+    adapted = deepcopy(model()) if copied else model()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    ids = torch.arange(5, 15)[None]
+    # B = 0 at the start, so the first step moves B alone; the second moves both
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        before = trained(adapted)
+        gradients = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.requires_grad}
+        optimizer.step()
+    for name, after in trained(adapted).items():
+        rate = 0.5 * (RATIO if "lora_B" in name else 1)
+        torch.testing.assert_close(after, before[name] - rate * gradients[name])
+        assert gradients[name].abs().max() > 0
+
+
+def test_what_an_optimizer_counts_in_its_groups_survives() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+            super().step(closure)
+
+    adapted = model()
+    optimizer = Counting([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.arange(5, 15)[None]
+    for _ in range(3):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert [group["count"] for group in optimizer.param_groups] == [3]
+
+
+def test_a_step_that_fails_leaves_nothing_behind() -> None:
+    class Failing(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> None:
+            if self.fails:
+                raise RuntimeError("no")
+            super().step(closure)
+
+    adapted = model()
+    optimizer = Failing([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.arange(5, 15)[None]
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step()
+    optimizer.fails = False
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_an_optimizer_that_does_not_hold_the_parameters_stops_training(tmp_path: Path) -> None:
+    class Flat(Trainer):
+        """As engines do that train one flat copy of all parameters."""
+
+        def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+            flat = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.requires_grad])
+            self.optimizer = torch.optim.AdamW([nn.Parameter(flat)], lr=1e-2)
+            return self.optimizer
+
+    trainer = Flat(model(), arguments(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    with pytest.raises(UserError, match="loraplus_lr_ratio would have no effect: AdamW does not hold"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("ratio", [0, -1, float("inf"), float("nan"), "16", True])
+def test_what_is_no_ratio_is_refused(ratio: Any) -> None:
+    with pytest.raises(UserError, match=r"loraplus_lr_ratio is .*: give a number above 0, such as 16"):
+        model(loraplus_lr_ratio=ratio)
+
+
+@pytest.mark.parametrize("name", ["lora-xs", "tied-tl6"])
+def test_it_is_refused_where_no_b_is_trained_for_itself(name: str) -> None:
+    with pytest.raises(UserError, match="unknown adapter option 'loraplus_lr_ratio'"):
+        get_peft_model(llama(), AdapterConfig(adapter={"name": name, "loraplus_lr_ratio": 16}))
+
+
+def test_prolora_s_b_is_its_chunk_and_its_whole_ranks() -> None:
+    config = AdapterConfig(adapter={"name": "prolora", "loraplus_lr_ratio": 4}, r=3, target_modules=["q_proj"], seed=0)
+    adapted = get_peft_model(llama(), config)
+    rated = {id(p): ratio for p, ratio in adapted.base_model.learning_rate_ratios()}
+    found = {name for name, p in adapted.named_parameters() if id(p) in rated}
+    assert found == {name for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert set(rated.values()) == {4}
+    assert any(name.endswith("lora_B_unshared") for name in found)
