@@ -38,10 +38,14 @@ def test_what_is_trained_beside_the_sites_is_merged_too(make) -> None:
     assert export(Order(str(folder), "merged", folder.with_name("out"))).agreements[0].passed
 
 
-def test_trained_rows_of_the_embedding_are_refused_with_the_way_round(make) -> None:
+def test_trained_rows_of_the_embedding_are_merged_too(make, tiny_model: Path) -> None:
     folder = make(target_modules=["q_proj"], trainable_token_indices=[3, 5])
-    with pytest.raises(UserError, match=r"\(trainable_token_indices\).*merge_and_unload\(\) of stock PEFT"):
-        export(Order(str(folder), "merged", folder.with_name("out")))
+    done = export(Order(str(folder), "merged", folder.with_name("out")))
+    assert done.agreements[0].passed
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight for path in (tiny_model, done.folder)
+    )
+    assert (before != after).any(dim=1).nonzero().flatten().tolist() == [3, 5]
 
 
 def test_every_data_type_says_what_it_loses(make) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from loraplex.errors import UserError
 from loraplex.export.subject import Subject
 from loraplex.export.target import Logits, Target, Writing
-from loraplex.export.verification import model_logits
+from loraplex.models.agreement import model_logits
 from loraplex.models.loading import load_model, quiet, resolve_model
 from loraplex.tuner.layer import SiteLayer
 from loraplex.tuner.model import LoraplexTuner
@@ -23,14 +23,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse(subject: Subject) -> str | None:
-    """Refuse what cannot be written into a weight, trained rows of an embedding, and quantized bases."""
+    """Refuse what cannot be written into a weight, and quantized bases."""
     if not subject.adapter.mergeable:
         return f"'{subject.name}' changes tokens differently, so no weight holds it; serve it with loraplex itself"
-    if subject.config.trainable_token_indices:
-        return (
-            "rows of the embedding were trained with it (trainable_token_indices), which loraplex does not write into "
-            "the embedding; '--to peft' keeps them, and merge_and_unload() of stock PEFT merges that folder"
-        )
     if subject.quantization is not None:
         return (
             f"the base model is quantized ({subject.quantization}), and merging would round the adapter to its levels; "

@@ -63,10 +63,9 @@ def not_plain_lora(subject: Subject, reader: str) -> str | None:
             "DoRA for PEFT"
         )
     if beside := trained_beside(subject.config):
-        merged = "" if subject.config.trainable_token_indices else "'--to merged' writes the whole model, "
         return (
             f"{reader} takes pairs of matrices only, and this adapter changes {' and '.join(beside)} too; "
-            f"{merged}'--to peft' keeps everything for PEFT"
+            "'--to merged' writes the whole model, '--to peft' keeps everything for PEFT"
         )
     return None
 

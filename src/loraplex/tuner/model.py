@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
 from loraplex.errors import UserError, nearest
-from loraplex.tuner import fused_head, label_loss, saving
+from loraplex.tuner import fused_head, label_loss, learning_rates, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
@@ -78,10 +78,16 @@ class LoraplexTuner(BaseTuner):
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             self._refuse_names_of_tensors()
+        learning_rates.watch(self)
         for layer in self.site_layers() if twins else ():
             if adapter_name in layer.loraplex_adapters:
                 gate = layer.adapter(twins[0]).factors.gate
                 layer.adapter(adapter_name).factors.gate.copy_(gate)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of the original: what optimizers do for it they do for the copy."""
+        super().__setstate__(state)
+        learning_rates.watch(self)
 
     def _create_and_replace(
         self,
@@ -112,6 +118,10 @@ class LoraplexTuner(BaseTuner):
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own also hands weights over, which no module here lacks and its wrapper of embedding rows does not take
+        setattr(parent, child_name, new_module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model, or answer a trainer that asks for less than all logits: `fused_head`, `label_loss`."""
         if not torch.compiler.is_compiling():
@@ -125,6 +135,12 @@ class LoraplexTuner(BaseTuner):
             if output is not None:
                 return output
         return self.model(*args, **kwargs)
+
+    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yield the parameters that learn at another rate than the optimizer's, with the ratio."""
+        for layer in self.site_layers():
+            for name in layer.loraplex_adapters:
+                yield from layer.adapter(name).factors.learning_rate_ratios()
 
     def site_layers(self) -> Iterator[SiteLayer]:
         """Yield the layers that carry adapters, in the order of the base model's modules."""
