@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraplex.cache import cache_dir, keeping
+from loraplex.cache import cache_dir, keeping, write_whole
 from loraplex.kernels.truncated_svd import truncated_svd
 
 _WORTH_KEEPING = 1 << 18
@@ -51,7 +49,8 @@ def singular_bases(weight: Tensor, rank: int, *, exact: bool = False) -> Bases:
     bases = _compute(weight, rank, exact, digest)
     # a cache that cannot be written costs time only
     with contextlib.suppress(OSError):
-        _write(file, {"u": bases.u.cpu(), "s": bases.s.cpu(), "vh": bases.vh.cpu()})
+        tensors = {"u": bases.u.cpu(), "s": bases.s.cpu(), "vh": bases.vh.cpu()}
+        write_whole(file, partial(save_file, tensors))
     return bases
 
 
@@ -68,15 +67,3 @@ def weight_digest(weight: Tensor) -> bytes:
 def _compute(weight: Tensor, rank: int, exact: bool, digest: bytes) -> Bases:
     u, s, vh = (part.float().contiguous() for part in truncated_svd(weight, rank, exact=exact))
     return Bases(u, s, vh, digest)
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the file whole or not at all: processes may race."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, name)
-        Path(name).replace(file)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -7,16 +7,17 @@ the same plan. A site's scale s stays what the arm says at its own rank: alpha m
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
 
+from loraplex.adapters.contracts import scaling
 from loraplex.adapters.registry import parse_adapter
 from loraplex.errors import UserError
 from loraplex.training.estimate import build_without_weights, model_config
@@ -106,13 +107,15 @@ def parse_match(text: str, shared: Recipe) -> Recipe:
 def solve(recipe: Recipe, budget: int, counter: Counter) -> Solved:
     """Return the recipe with the largest ranks that the budget pays for.
 
-    An adapter whose count does not follow r, and one that costs more than the budget at rank 1, come back as they are.
+    An adapter whose count does not follow r comes back as it is, and one that costs more than the budget at its lowest
+    rank at that rank.
     """
     if not _has_rank(recipe):
         return fixed(recipe, budget, counter)
-    if counter.trainable(_at(recipe, 1)) > budget:
-        return fixed(_at(recipe, 1), budget, counter)
-    limit = _largest(lambda r: _fits(_at(recipe, r), budget, counter), LARGEST_RANK)
+    lowest = _lowest_rank(recipe, counter)
+    if counter.trainable(_at(recipe, lowest)) > budget:
+        return fixed(_at(recipe, lowest), budget, counter)
+    limit = _largest(lambda r: _fits(_at(recipe, r), budget, counter), LARGEST_RANK, lowest)
     if limit == LARGEST_RANK:
         return fixed(recipe, budget, counter)
     sites = counter.sites(_at(recipe, limit))
@@ -133,9 +136,23 @@ def spread(sites: Sequence[str], count: int) -> list[str]:
     return [site for i, site in enumerate(sites) if (i + 1) * count // len(sites) > i * count // len(sites)]
 
 
-def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number from 0 to `limit` that fits, where every smaller one does; 0 where none does."""
-    low, high = 0, 1
+def _lowest_rank(recipe: Recipe, counter: Counter) -> int:
+    """Return the smallest rank that the method takes: PRoLoRA's must be as large as the part it does not share."""
+    rank = 1
+    while True:
+        try:
+            counter.trainable(_at(recipe, rank))
+            return rank
+        except UserError:
+            # no rank is legal where the recipe's own is not
+            if rank >= adapter_config(recipe).r:  # type: ignore[attr-defined]
+                raise
+        rank += 1
+
+
+def _largest(fits: Callable[[int], bool], limit: int, low: int = 0) -> int:
+    """Return the largest number from `low` to `limit` that fits, where all from `low` on do; `low` is not tried."""
+    high = max(1, 2 * low)
     while high <= limit and fits(high):
         low, high = high, high * 2
     high = min(high, limit + 1)
@@ -174,7 +191,7 @@ def _at(recipe: Recipe, rank: int, one_more: Sequence[str] = ()) -> Recipe:
     if alpha is None:
         return replace(recipe, peft={**recipe.peft, "r": rank})
     own: int = config.r  # type: ignore[attr-defined]
-    scale = _rooted if getattr(config, "use_rslora", False) else _plain
+    scale = partial(scaling, use_rslora=getattr(config, "use_rslora", False))
     ranks = _ranks("lora_alpha", alpha, own, scale, rank, one_more)
     return replace(recipe, peft={**recipe.peft, **ranks})
 
@@ -193,11 +210,3 @@ def _ranks(
         keys["rank_pattern"] = dict.fromkeys(names, rank + 1)
         keys["alpha_pattern"] = dict.fromkeys(names, alpha_at(rank + 1))
     return keys
-
-
-def _plain(alpha: float, rank: int) -> float:
-    return alpha / rank
-
-
-def _rooted(alpha: float, rank: int) -> float:
-    return alpha / math.sqrt(rank)

@@ -78,6 +78,8 @@ def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, pr
     try:
         with FileLock(recipe.output / ".lock", timeout=0):
             return _compare(_Sweep(recipe, say, progress))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what has finished is kept, the same command goes on from there") from None
     except Timeout:
         raise UserError(
             f"another comparison is writing to '{recipe.output}': wait for it, or choose another output"

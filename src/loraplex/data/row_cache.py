@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from loraplex.cache import cache_dir
+from loraplex.cache import cache_dir, write_whole
 from loraplex.data.examples import Example
 from loraplex.data.tokenization import Tokenized, TokenRow, tokenize
 
@@ -48,7 +47,7 @@ def tokenize_once(
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         found = tokenize(examples, tokenizer, max_length, loss_on)
     try:
-        _write(path, found)
+        write_whole(path, lambda temporary: _write(temporary, found))
     except OSError as error:
         warnings.warn(f"tokenized rows are not kept for next time: {error}", stacklevel=2)
     return found
@@ -74,13 +73,10 @@ def _read(path: Path) -> Tokenized:
 
 
 def _write(path: Path, tokenized: Tokenized) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(
-        temporary,
+        path,
         ids=np.concatenate([np.asarray(row["input_ids"], dtype=np.int32) for row in tokenized.rows]),
         mask=np.concatenate([np.asarray(row["completion_mask"], dtype=np.int8) for row in tokenized.rows]),
         lengths=np.asarray([len(row["input_ids"]) for row in tokenized.rows], dtype=np.int64),
         counts=np.asarray([tokenized.truncated, tokenized.dropped], dtype=np.int64),
     )
-    temporary.replace(path)

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.errors import UserError
 from loraplex.tuner.model import LoraplexTuner
-from loraplex.tuner.plain import plain_adapter
+from loraplex.tuner.plain import plain_adapter, write_adapter
 
 _PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -115,15 +113,12 @@ def write_plain_form(folder: Path, form: PlainForm, names: Collection[str], dtyp
     config.r = config.lora_alpha = max(ranks.values())
     patterns = {key: rank for key, rank in (config.rank_pattern or {}).items() if rank != config.r}
     config.rank_pattern, config.alpha_pattern = patterns, dict(patterns)
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.save_pretrained(str(folder))
+    config.base_model_name_or_path = base
     tensors = dict(form.beside)
     for site, pair in form.pairs.items():
         named = {_A: pair.a.to(dtype), _B: pair.b.to(dtype), _MAGNITUDE: pair.magnitude}
         tensors.update({f"{_PREFIX}{site}{name}": value for name, value in named.items() if value is not None})
-    # copies: a file must not hold two tensors that lie in the same memory
-    copies = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-    save_file(copies, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_adapter(folder, config, tensors)
 
 
 def explicit_targets(sites: Collection[str], names: Collection[str]) -> tuple[list[str], list[str] | None]:

@@ -5,6 +5,7 @@ Every site gets A (r, in) and s·B (out, r) as `Factors.compact` gives them: exa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 
@@ -49,10 +50,14 @@ def plain_adapter(model: PeftModel, adapter_name: str = "default") -> tuple[Lora
 
 def save_plain(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
     """Write `plain_adapter` as a folder that stock PEFT loads; see there for what is raised."""
-    config, tensors = plain_adapter(model, adapter_name)
+    write_adapter(Path(folder), *plain_adapter(model, adapter_name))
+
+
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder that stock PEFT loads for inference: `tensors` under their keys in the file, and `config`."""
     config.inference_mode = True
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # copies: a file must not hold two tensors that lie in the same memory
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(copies, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(copies, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
