@@ -88,7 +88,7 @@ def site_differences(trained: PeftModel, stock: PeftModel) -> Iterator[SiteDiffe
     assert isinstance(trained.base_model, LoraplexTuner)
     name = trained.active_adapter
     for layer in trained.base_model.site_layers():
-        weight = layer.base_layer.weight
+        weight = layer.frozen.parameter()
         if name not in layer.loraplex_adapters or not _is_plain(weight):
             continue
         own = (torch.finfo(parameter.dtype).eps for parameter in layer.adapter(name).parameters())
@@ -149,10 +149,10 @@ def checked(
         rows=len(trained),
         dtype=str(dtype).removeprefix("torch."),
         largest_logit=max(float(logits.abs().max()) for logits in trained),
-        difference=by_ours and by_ours.max_difference,
-        difference_peft=by_stock and by_stock.max_difference,
-        mean_difference_peft=by_stock and by_stock.mean_difference,
-        same_prediction_peft=by_stock and by_stock.same_top1,
+        difference=None if by_ours is None else by_ours.max_difference,
+        difference_peft=None if by_stock is None else by_stock.max_difference,
+        mean_difference_peft=None if by_stock is None else by_stock.mean_difference,
+        same_prediction_peft=None if by_stock is None else by_stock.same_top1,
         site_difference_peft=max((site.share for site in sites), default=None),
     )
 

@@ -87,5 +87,6 @@ def _check_under_trainers() -> None:
 
     from loraplex.tuner.rate_check import RateCheck
 
-    if RateCheck not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(RateCheck)
+    callbacks: list[Any] = DEFAULT_CALLBACKS
+    if RateCheck not in callbacks:
+        callbacks.append(RateCheck)

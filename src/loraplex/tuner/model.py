@@ -86,7 +86,7 @@ class LoraplexTuner(BaseTuner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of the original: what optimizers do for it they do for the copy."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         learning_rates.watch(self)
 
     def _create_and_replace(
