@@ -13,6 +13,7 @@ from benchmarks.rounds import ContestantError
 from benchmarks.terminal import errors
 from loraplex.errors import UserError
 
+_TRAINING = ("lora", "dora", "pair", "compact")
 _QUICK = Plan(rounds=2, warm_up=1, quick=True)
 
 
@@ -34,12 +35,12 @@ def main() -> None:
 
 @main.command()
 @_options
-@click.option("--only", type=click.Choice(["lora", "dora", "pair", "compact"]), help="One part; pair: our DoRA and LoRA.")
+@click.option("--only", type=click.Choice(_TRAINING), help="One part; pair: our DoRA beside our LoRA.")
 def training(rounds: int | None, quick: bool, only: str | None) -> None:
     """Training steps against the limit and against TRL with PEFT."""
     from benchmarks.training import run
 
-    for part in (only,) if only else ("lora", "dora", "pair", "compact"):
+    for part in (only,) if only else _TRAINING:
         run(part, _plan(rounds, quick, default=45 if part == "pair" else 9))
 
 

@@ -16,6 +16,7 @@ import click
 
 from loraplex.data.sources import benchmark_path, read_json
 
+SOURCE = "glue/sst2/train.jsonl.gz"
 HELD_OUT, WORDS, SHARED, SEED = 400, 14, 4, 5
 
 
@@ -46,7 +47,7 @@ def grams(text: str) -> Iterator[tuple[str, ...]]:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
     """Write train.jsonl and validation.jsonl to FOLDER."""
-    rows = [dict(row.fields) for row in read_json(benchmark_path("glue/sst2/train.jsonl.gz"), "glue/sst2/train.jsonl.gz")]
+    rows = [dict(row.fields) for row in read_json(benchmark_path(SOURCE), SOURCE)]
     chosen = set(held_out(str(row["sentence1"]) for row in rows))
     texts = [f" {normalized(sentence)} " for sentence in chosen]
     known = {gram for text in texts for gram in grams(text)}
