@@ -15,35 +15,44 @@ if TYPE_CHECKING:
     from loraplex.adapters.lora import LoRA as LoRA
     from loraplex.adapters.magnitude import Magnitude as Magnitude
     from loraplex.adapters.registry import Adapter as Adapter
+    from loraplex.allocation.alora import ALoRA as ALoRA
+    from loraplex.allocation.hetero import Hetero as Hetero
     from loraplex.errors import UserError as UserError
     from loraplex.models.loading import load_model as load_model
     from loraplex.models.loading import load_tokenizer as load_tokenizer
     from loraplex.tuner.config import AdapterConfig as AdapterConfig
+    from loraplex.tuner.drive import drive_allocation as drive_allocation
     from loraplex.tuner.loading import load_adapter as load_adapter
 
 __version__ = "0.1.0.dev0"
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "ALoRA": "loraplex.allocation.alora",
+    "Hetero": "loraplex.allocation.hetero",
     "Adapter": "loraplex.adapters.registry",
     "AdapterConfig": "loraplex.tuner.config",
     "Add": "loraplex.adapters.add",
     "LoRA": "loraplex.adapters.lora",
     "Magnitude": "loraplex.adapters.magnitude",
     "UserError": "loraplex.errors",
+    "drive_allocation": "loraplex.tuner.drive",
     "load_adapter": "loraplex.tuner.loading",
     "load_model": "loraplex.models.loading",
     "load_tokenizer": "loraplex.models.loading",
 }
 
 __all__ = [
+    "ALoRA",
     "Adapter",
     "AdapterConfig",
     "Add",
+    "Hetero",
     "LoRA",
     "Magnitude",
     "UserError",
     "__version__",
+    "drive_allocation",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -4,7 +4,6 @@ import pytest
 
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.sites import Site
-from loraplex.allocation.uniform import Uniform
 from loraplex.errors import UserError
 
 
@@ -15,10 +14,8 @@ def test_a_plan_reads_back_and_names_what_it_adapts(tmp_path):
     assert plan.adapted == ["layers.0.q"]
 
 
-def test_uniform_gives_every_site_the_rank_configured_for_its_name():
+def test_a_site_knows_its_kind_and_its_layer():
     sites = [Site("model.layers.3.mlp.up_proj", 8, 16, bias=False), Site("head", 8, 2, bias=True)]
-    plan = Uniform().plan(sites, lambda name: 1 if name == "head" else 4)
-    assert plan.ranks == {"model.layers.3.mlp.up_proj": 4, "head": 1}
     assert [(site.kind, site.layer) for site in sites] == [("up_proj", 3), ("head", None)]
 
 

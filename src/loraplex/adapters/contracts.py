@@ -84,6 +84,10 @@ class Factors(nn.Module, ABC):
         """Return the modules that these factors use and the tuner owns."""
         return [self.__dict__[attribute] for attribute in self._borrowed]
 
+    def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yield the trained tensors that have an entry per rank, with the dimension along which the ranks lie."""
+        yield from ()
+
     def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
         """Yield the parameters that learn at another rate than the optimizer's, with the ratio (LoRA+)."""
         yield from ()

@@ -86,6 +86,10 @@ class LoRAFactors(Factors):
         if self.lr_ratio != 1:
             yield self.lora_B, self.lr_ratio
 
+    def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yield A by rows and B by columns."""
+        yield from ((self.lora_A, 0), (self.lora_B, 1))
+
 
 class PiSSAFactors(Factors):
     """A and B start at A0 and B0, which stay as buffers and are saved: exactly LoRA of rank 2r."""
@@ -124,6 +128,10 @@ class PiSSAFactors(Factors):
         if self.lr_ratio != 1:
             yield self.lora_B, self.lr_ratio
 
+    def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yield A by rows and B by columns."""
+        yield from ((self.lora_A, 0), (self.lora_B, 1))
+
 
 REGISTRY.add(
     Method(
@@ -134,7 +142,7 @@ REGISTRY.add(
         paper="arXiv 2106.09685",
         parameters="r·(in + out)",
         provides=frozenset(
-            {Capability.STATIC, Capability.PAIR, Capability.GATES, Capability.RANK_INPUT},
+            {Capability.STATIC, Capability.PAIR, Capability.GATES, Capability.RANK_INPUT, Capability.SHRINKS},
         ),
         deployed=Deployed.LORA,
     )

@@ -29,6 +29,7 @@ class Capability(StrEnum):
     STATIC = "a weight change that is the same for every token"
     PAIR = "one pair (A, B) per site"
     GATES = "rank gates"
+    SHRINKS = "parameters that go with closed ranks"
     ROUTED = "several heads per site"
     RANK_INPUT = "a rank space that takes additional input"
     SHARED = "tensors shared between sites"
@@ -216,6 +217,35 @@ def parse_adapter(value: Adapter | str | Mapping[str, Any] | object) -> Adapter:
     if method.axis is Axis.COMBINE:
         return Adapter(REGISTRY.get(Axis.FACTORS, "lora").options(), value)
     raise UserError(f"'{method.name}' is of the axis {method.axis}, not an adapter")
+
+
+def parse_method(axis: Axis, value: Any) -> Any:
+    """Return the typed options of a method of `axis`: from its name, a mapping (name and options), or themselves.
+
+    Raises:
+        UserError: for an unknown name or option (the nearest is named), or options of another axis.
+    """
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        method = REGISTRY.of_options(value)
+        if method.axis is not axis:
+            raise UserError(f"'{method.name}' is of the axis {method.axis}, not {axis}")
+        return value
+    rest = dict(value)
+    method = REGISTRY.get(axis, str(rest.pop("name", None)))
+    known = {entry.name for entry in dataclasses.fields(method.options)}
+    for key in rest:
+        if key not in known:
+            raise UserError(f"unknown option '{key}' of {axis} '{method.name}'.{nearest(key, known | {'name'})}")
+    return method.options(**rest)
+
+
+def describe_method(options: Any) -> str | dict[str, Any]:
+    """Return the plain form that `parse_method` reads back: the name, or a mapping with the changed options."""
+    method = REGISTRY.of_options(options)
+    changed = _changed(_options(options), _options(method.options()))
+    return {"name": method.name, **changed} if changed else method.name
 
 
 def _from_mapping(value: Mapping[str, Any]) -> Adapter:

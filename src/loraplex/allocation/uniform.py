@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from loraplex.adapters.registry import REGISTRY, Axis, Method
-from loraplex.allocation.plan import Plan
-from loraplex.allocation.sites import Site
+from loraplex.allocation.budget import Budget
+from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocator):
     """Options of the uniform allocation: there are none."""
 
-    def plan(self, sites: Iterable[Site], rank: Callable[[str], int]) -> Plan:
-        """Return the plan that gives each site the rank configured for its name."""
-        return Plan({site.name: rank(site.name) for site in sites})
+    moves_ranks = False
+
+    def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
+        """Return nothing: ranks stay as they are configured."""
+        return ()
+
+    def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
+        """Return all gates open, which is what they cost."""
+        gates = {candidate.name: torch.ones(candidate.ranks) for candidate in candidates}
+        return gates, Budget(sum(candidate.ranks for candidate in candidates), "ranks")
+
+    def revise(self, scene: Scene) -> Revision:
+        """Return the gates as they are."""
+        return Revision({candidate.name: candidate.gate for candidate in scene.candidates})
 
 
 REGISTRY.add(

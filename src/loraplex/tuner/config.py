@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from loraplex.adapters.contracts import check_rank
-from loraplex.adapters.registry import Adapter, Axis, Deployed, illegal, parse_adapter
+from loraplex.adapters.registry import Adapter, Axis, Deployed, describe_method, illegal, parse_adapter, parse_method
+from loraplex.allocation.contracts import Allocator
 from loraplex.errors import UserError, nearest
 from loraplex.methods import REGISTRY
 
@@ -64,8 +65,8 @@ class AdapterConfig(PeftConfig):
     """Seed of the initialization; drawn from torch's generator and kept when absent."""
     padding_free: bool | Literal["auto"] = field(default="auto")
     """Take the padding out of training batches: False never, 'auto' where the model allows, True or refuse."""
-    allocation: str = field(default="uniform")
-    """Where the ranks go."""
+    allocation: Any = field(default="uniform")
+    """Where the ranks go: a name, a mapping (name and options), or typed options such as Hetero(...)."""
     objective: str = field(default="plain")
     """What is minimized while training."""
 
@@ -78,9 +79,10 @@ class AdapterConfig(PeftConfig):
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = cast(Any, set(self.exclude_modules))
         self.adapter = self.typed_adapter.describe()
+        self.allocation = describe_method(self.typed_allocation)
         methods = (
             *self.typed_adapter.methods,
-            REGISTRY.get(Axis.ALLOCATION, self.allocation),
+            REGISTRY.of_options(self.typed_allocation),
             REGISTRY.get(Axis.OBJECTIVE, self.objective),
         )
         reason = illegal(*methods)
@@ -130,6 +132,12 @@ class AdapterConfig(PeftConfig):
     def typed_adapter(self) -> Adapter:
         """The adapter as typed options."""
         return parse_adapter(self.adapter)
+
+    @property
+    def typed_allocation(self) -> Allocator:
+        """The allocation as typed options."""
+        options: Allocator = parse_method(Axis.ALLOCATION, self.allocation)
+        return options
 
     @property
     def deployed(self) -> Deployed:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
 from loraplex.errors import UserError, nearest
-from loraplex.tuner import fused_head, label_loss, learning_rates, saving
+from loraplex.tuner import closed_ranks, fused_head, label_loss, learning_rates, saving
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
@@ -79,6 +79,7 @@ class LoraplexTuner(BaseTuner):
                 parameter.requires_grad_(flag)
             self._refuse_names_of_tensors()
         learning_rates.watch(self)
+        closed_ranks.watch(self)
         for layer in self.site_layers() if twins else ():
             if adapter_name in layer.loraplex_adapters:
                 gate = layer.adapter(twins[0]).factors.gate
@@ -88,6 +89,7 @@ class LoraplexTuner(BaseTuner):
         """Take over the state of the original: what optimizers do for it they do for the copy."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         learning_rates.watch(self)
+        closed_ranks.watch(self)
 
     def _create_and_replace(
         self,
@@ -291,12 +293,16 @@ def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig, shared: An
     options = config.typed_adapter
     assert config.seed is not None
     limit = options.factors.largest_rank(layer.in_features, layer.out_features)
+    rank = check_rank(site, config.rank_of(site), limit)
+    # room for ranks that are opened later; the scale stays that of the configured rank
+    built = min(config.typed_allocation.allocated_rank(rank), limit)
+    scale = options.factors.scale
     init = SiteInit(
         name=site,
         in_features=layer.in_features,
         out_features=layer.out_features,
-        rank=check_rank(site, config.rank_of(site), limit),
-        alpha=config.alpha_of(site),
+        rank=built,
+        alpha=config.alpha_of(site) * scale(1, rank) / scale(1, built),
         seed=config.seed,
         weight=layer.w0,
         identity=config.init_weights,

@@ -1,0 +1,189 @@
+"""ALoRA, allocating LoRA: ranks that hurt least when they go are pruned, and as many open elsewhere.
+
+Not to be confused with PEFT's alora_* options, which are activated LoRA. Paper: Liu et al., ALoRA: Allocating Low-Rank
+Adaptation for Fine-tuning Large Language Models, arXiv 2403.16187, sections 3.2 and 3.3, algorithm 1:
+    IS(r) = S(M) − S(M without r) + S(M with r alone),  S = −cross-entropy on one fixed batch.
+A round closes the n_A ranks with the lowest IS; the modules that lost none share n_A new ranks as evenly as possible,
+the remainder going to those with the highest mean IS. A new rank starts with B = 0 and changes nothing; the scale s
+stays that of the initial rank. Where every module has lost a rank nothing is added. New ranks have room up to
+`growth` times the initial rank, which the paper does not bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method
+from loraplex.allocation.budget import Budget
+from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
+from loraplex.errors import UserError
+
+
+@dataclass(frozen=True)
+class ALoRA(Allocator):
+    """Options of ALoRA; those of the paper are the defaults, where it names them."""
+
+    rounds: int = 8
+    """N_A: how often ranks are pruned and given anew."""
+    pruned: int | None = None
+    """n_A: ranks that move in a round; as many as there are kinds of module when absent (the paper's q, k, … count)."""
+    first: float = 1.0
+    """K1: epochs before the first round; above 1 it is steps where `in_steps` is set."""
+    then: float = 0.25
+    """K2: epochs between rounds."""
+    in_steps: bool = False
+    """Read `first` and `then` as optimizer steps."""
+    by: str = "site"
+    """What a rank is: rank k of one "site", or of all sites of a "kind" at once (112 passes a round, not 3,584)."""
+    growth: float = 2.0
+    """Largest rank of a site as a multiple of the initial one."""
+    batches: int = 1
+    """Batches that ranks are scored on; the paper takes one of 32 validation rows."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.by not in ("site", "kind"):
+            raise UserError(f"by is {self.by!r}: choose 'site' or 'kind'")
+        for name in ("rounds", "batches", *(["pruned"] if self.pruned is not None else [])):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+        for name, least in (("first", 0), ("then", 0), ("growth", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+                raise UserError(f"{name} is {value!r}: give a number of at least {least}")
+
+    def allocated_rank(self, rank: int) -> int:
+        """Return r·growth, rounded down."""
+        return int(rank * self.growth)
+
+    def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
+        """Return the steps of the rounds that come before the end of training."""
+        unit = 1 if self.in_steps else steps_per_epoch
+        steps = [round((self.first + number * self.then) * unit) for number in range(self.rounds)]
+        return [step for step in dict.fromkeys(steps) if step < total_steps]
+
+    def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
+        """Return the configured ranks open and the room for new ones closed; their sum is the budget."""
+        gates = {c.name: (torch.arange(c.ranks) < rank(c.name)).float() for c in candidates}
+        return gates, Budget(int(sum(gate.sum() for gate in gates.values())), "ranks")
+
+    def revise(self, scene: Scene) -> Revision:
+        """Prune and give anew, one round."""
+        groups = self._groups(scene.candidates)
+        scores = _importance(scene, groups)
+        moving = self.pruned or len({candidate.site.kind for candidate in scene.candidates})
+        gates = {candidate.name: candidate.gate.detach().cpu().clone() for candidate in scene.candidates}
+        worst = sorted(scores, key=lambda entry: (scores[entry], entry))[:moving]
+        for group, rank in worst:
+            for candidate in groups[group]:
+                gates[candidate.name][rank] = 0
+        lost = {group for group, _ in worst}
+        freed = sum(len(groups[group]) for group, _ in worst)
+        self._give(groups, scores, gates, [group for group in groups if group not in lost], freed, len(worst))
+        named = {f"{group}[{rank}]": value for (group, rank), value in scores.items()}
+        full = "" if len(lost) < len(groups) else "every module lost a rank, so none was given anew"
+        return Revision(gates, named, full)
+
+    def _groups(self, candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+        """Return what shares a gate: the site alone, or all sites of its kind."""
+        groups: dict[str, list[Candidate]] = {}
+        for candidate in candidates:
+            groups.setdefault(candidate.name if self.by == "site" else candidate.site.kind, []).append(candidate)
+        for kind, members in groups.items():
+            if len({candidate.ranks for candidate in members}) > 1:
+                raise UserError(f"the sites of kind '{kind}' have different ranks, but by: kind gives them one gate")
+        return groups
+
+    def _give(
+        self,
+        groups: Mapping[str, list[Candidate]],
+        scores: Mapping[tuple[str, int], float],
+        gates: dict[str, Tensor],
+        spared: Sequence[str],
+        freed: int,
+        new_ranks: int,
+    ) -> None:
+        """Open `new_ranks` ranks in the groups that lost none, while what was freed pays for them."""
+        means = {group: _mean([v for (name, _), v in scores.items() if name == group]) for group in spared}
+        order = sorted(spared, key=lambda group: (-means[group], group))
+        while new_ranks and order:
+            given = 0
+            for group in list(order):
+                fresh = {candidate.name: _untrained(candidate, gates[candidate.name]) for candidate in groups[group]}
+                if not all(fresh.values()) or len(fresh) > freed:
+                    # full, or dearer than what is left: a kind opens in all its sites or in none
+                    order.remove(group)
+                    continue
+                for name, ranks in fresh.items():
+                    gates[name][ranks[0]] = 1
+                freed, new_ranks, given = freed - len(fresh), new_ranks - 1, given + 1
+                if not new_ranks:
+                    return
+            if not given:
+                return
+
+
+def _untrained(candidate: Candidate, gate: Tensor) -> list[int]:
+    """Return the closed ranks that have never been trained: opening one of them changes nothing."""
+    _, b = candidate.adapter.factors.parts()
+    return [rank for rank in (gate == 0).nonzero().flatten().tolist() if not bool(b[:, rank].any())]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("-inf")
+
+
+@torch.no_grad()
+def _importance(scene: Scene, groups: Mapping[str, list[Candidate]]) -> dict[tuple[str, int], float]:
+    """Return IS of every open rank by (group, rank); 2·(open ranks) + 1 passes over the batches."""
+    kept = {candidate.name: candidate.gate.clone() for candidate in scene.candidates}
+    was_training = scene.model.training
+    open_ranks = [(g, int(k)) for g, members in groups.items() for k in members[0].gate.nonzero().flatten()]
+    scene.say(f"AB-LoRA: {len(open_ranks)} ranks, {2 * len(open_ranks) + 1} passes over {len(scene.batches)} batches")
+
+    def fidelity() -> float:
+        losses = torch.stack([scene.loss(batch).double() for batch in scene.batches])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(losses)
+            losses /= torch.distributed.get_world_size()
+        return -float(losses.mean())
+
+    def put_back() -> None:
+        for candidate in scene.candidates:
+            candidate.gate.copy_(kept[candidate.name])
+
+    scene.model.eval()
+    try:
+        whole, found = fidelity(), {}
+        for group, rank in open_ranks:
+            for candidate in groups[group]:
+                candidate.gate[rank] = 0
+            without = fidelity()
+            for candidate in scene.candidates:
+                candidate.gate.zero_()
+            for candidate in groups[group]:
+                candidate.gate[rank] = 1
+            found[group, rank] = whole - without + fidelity()
+            put_back()
+        return found
+    finally:
+        put_back()
+        scene.model.train(was_training)
+
+
+REGISTRY.add(
+    Method(
+        name="alora",
+        axis=Axis.ALLOCATION,
+        options=ALoRA,
+        summary="ranks move in rounds to where their loss shows they are missed (allocating, not activated LoRA)",
+        paper="arXiv 2403.16187",
+        parameters="–",
+        needs=frozenset({Capability.GATES, Capability.SHRINKS}),
+    )
+)

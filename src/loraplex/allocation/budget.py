@@ -1,0 +1,66 @@
+"""Budget: how much may be open, in parameters, ranks or modules; what a choice costs, and that it never costs more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loraplex.errors import UserError, nearest
+
+UNITS = ("parameters", "ranks", "modules")
+
+
+class Priced(Protocol):
+    """A candidate, as far as a budget knows it."""
+
+    @property
+    def name(self) -> str:
+        """Full module name."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that it could have."""
+
+    def cost(self, ranks: int) -> int:
+        """Return its parameters with that many open ranks."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount in one of `UNITS`."""
+
+    amount: int
+    unit: str
+
+    def price(self, candidate: Priced, ranks: int) -> int:
+        """Return what that many open ranks of a candidate cost in this budget's unit."""
+        if self.unit == "parameters":
+            return candidate.cost(ranks)
+        return ranks if self.unit == "ranks" else min(ranks, 1)
+
+    def spent(self, candidates: Sequence[Priced], ranks: Mapping[str, int]) -> int:
+        """Return what all open ranks cost together."""
+        return sum(self.price(candidate, ranks.get(candidate.name, 0)) for candidate in candidates)
+
+    def __str__(self) -> str:
+        return f"{self.amount:,} {self.unit}"
+
+
+def share_of(candidates: Sequence[Priced], share: float, unit: str) -> Budget:
+    """Return the budget that is a share p of all candidates at full rank: ⌊p·Σ price⌋."""
+    whole = Budget(0, unit)
+    return Budget(math.floor(share * sum(whole.price(candidate, candidate.ranks) for candidate in candidates)), unit)
+
+
+def check_unit(unit: Any) -> None:
+    """Raise a UserError when `unit` is none of `UNITS`."""
+    if unit not in UNITS:
+        raise UserError(f"budget unit is {unit!r}: choose {', '.join(UNITS)}.{nearest(str(unit), UNITS)}")
+
+
+def check_share(name: str, share: Any) -> None:
+    """Raise a UserError when `share` is no number above 0 and up to 1."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise UserError(f"{name} is {share!r}: give a number above 0 and up to 1, such as 0.25")

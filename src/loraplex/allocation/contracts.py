@@ -1,0 +1,130 @@
+"""What an allocator sees and decides: candidates with rank gates, a budget, and revisions before or during training.
+
+Plain torch; nothing here knows PEFT. An allocator opens and closes ranks by gates only: shapes, parameters and the
+state of the optimizer stay, and what is written at the end leaves the closed ranks out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.adapters.contracts import SiteAdapter
+from loraplex.allocation.budget import Budget
+from loraplex.allocation.plan import Plan
+from loraplex.allocation.sites import Site
+
+Gates = Mapping[str, Tensor]
+"""By site name: (r,) of ones (open) and zeros (closed)."""
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One site that may get ranks."""
+
+    site: Site
+    layer: nn.Module
+    """The module in the model whose output the adapter changes."""
+    adapter: SiteAdapter
+    weight: Callable[[], Tensor]
+    """Gives the frozen weight (out, in)."""
+
+    @property
+    def name(self) -> str:
+        """Full module name in the base model."""
+        return self.site.name
+
+    @property
+    def gate(self) -> Tensor:
+        """(r,): which ranks are open. Written in place."""
+        return self.adapter.factors.gate
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks, open and closed."""
+        return self.adapter.factors.rank
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters of the factors."""
+        return [parameter for parameter in self.adapter.factors.parameters() if parameter.requires_grad]
+
+    def cost(self, ranks: int) -> int:
+        """Return how many parameters the site trains with that many open ranks; 0 for a site that is off."""
+        beside = sum(parameter.numel() for parameter in self.adapter.combine.parameters())
+        return ranks * (self.site.in_features + self.site.out_features) + beside if ranks else 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a revision may look at."""
+
+    candidates: Sequence[Candidate]
+    budget: Budget
+    batches: Sequence[Batch]
+    """The same at every revision: the first ones of the training set, in its order."""
+    model: nn.Module
+    """The base model with its adapters, called as its own class wants it: no packing, nothing fused over positions."""
+    step: int
+    """Optimizer steps done."""
+    seed: int
+    say: Callable[[str], None] = lambda text: None
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the model's own loss on a batch, differentiable: the mean over its targets."""
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def generator(self) -> torch.Generator:
+        """Return a generator that depends on the seed and the step, the same in every process."""
+        digest = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What a revision decided."""
+
+    gates: Gates
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """By site name, or by "site[rank]" where ranks are scored."""
+    remark: str = ""
+    """What a reader of the plan should know: ties that chance has broken."""
+
+    @property
+    def plan(self) -> Plan:
+        """The number of open ranks by site."""
+        return Plan({name: int(gate.sum()) for name, gate in self.gates.items()})
+
+
+class Allocator(ABC):
+    """The options of an allocation method, which carry it out: a frozen dataclass. What changes is in the gates."""
+
+    moves_ranks = True
+    """Whether ranks are opened or closed at all, so that somebody has to drive it."""
+
+    def allocated_rank(self, rank: int) -> int:
+        """Return how many ranks a site is built with that starts with `rank` open ones."""
+        return rank
+
+    @abstractmethod
+    def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
+        """Return the numbers of done optimizer steps at which ranks are revised; 0 is before training."""
+
+    @abstractmethod
+    def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
+        """Return the gates before the first revision, and the budget; `rank` gives what is configured for a site."""
+
+    @abstractmethod
+    def revise(self, scene: Scene) -> Revision:
+        """Return the gates from here on. The gates in the scene may be moved for scoring; the caller restores them.
+
+        Raises:
+            UserError: when the scores do not tell the candidates apart.
+        """

@@ -1,0 +1,328 @@
+"""Zero-cost proxies: what a site is worth, from a few batches and without an optimizer step.
+
+Abdelfattah et al., Zero-Cost Proxies for Lightweight NAS, arXiv 2101.08134, section 3; for pairs (A, B) as in
+HeteroLoRA, arXiv 2406.14956, section 3. Here θ is a trained tensor of a site's factors (or the frozen W0), ℒ the mean
+loss of a batch, and gradients are summed over the K batches: grad-norm of the sum, unless `mean_of_norms` asks for the
+mean of the K norms. All candidates are open while they are scored, dropout is off.
+
+Under B = 0, where adapters start, ∂ℒ/∂A = 0: SNIP and SynFlow of (A, B) are exactly 0 at every site, and grad-norm is
+that of B alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.adapters.contracts import uniform
+from loraplex.allocation.contracts import Batch, Candidate, Scene
+from loraplex.errors import UserError
+
+Scores = dict[str, float]
+Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
+"""Of the tensors θ of a site and their gradients."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How proxies are computed."""
+
+    of: str = "adapter"
+    """Whose gradients: those of the "adapter"'s factors, or of the "frozen" weight W0 (out, in)."""
+    mean_of_norms: bool = False
+    """For grad_norm: the mean of the batches' norms instead of the norm of their sum."""
+    normalize: str = "none"
+    """Divide by "numel", by "sqrt_numel" of θ, or by nothing ("none")."""
+    init: str = "own"
+    """"random" scores with B drawn as A is, where B = 0 would leave nothing to see; B is put back."""
+    tolerance: float = 0.01
+    """For alpha_test: by which share the loss may rise."""
+    synflow: str = "logits"
+    """What SynFlow differentiates: the sum of the "logits", or the "loss" as HeteroLoRA's code has it."""
+
+
+def score(proxy: str, scene: Scene, how: Scoring) -> Scores:
+    """Return the score of every candidate by site name; `proxy` is a name of `PROXIES`.
+
+    Gates, gradients, weights, modes and the random generators are afterwards as they were.
+
+    Raises:
+        UserError: when a frozen weight that is asked for is quantized.
+    """
+    if proxy == "constant":
+        return {candidate.name: 1.0 for candidate in scene.candidates}
+    with _set_aside(scene), _drawn(scene, how):
+        found = PROXIES[proxy](scene, how)
+    if how.normalize == "none":
+        return found
+    power = 1.0 if how.normalize == "numel" else 0.5
+    sizes = {c.name: sum(tensor.numel() for tensor in _tensors(c, how)) for c in scene.candidates}
+    return {name: value / sizes[name] ** power for name, value in found.items()}
+
+
+def grad_norm(scene: Scene, how: Scoring) -> Scores:
+    """‖∂ℒ/∂A‖_F + ‖∂ℒ/∂B‖_F, of every site."""
+
+    def norms(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
+        return sum(float(torch.linalg.vector_norm(gradient.double())) for gradient in gradients)
+
+    if not how.mean_of_norms:
+        return _of_gradients(scene, how, norms, scene.batches)
+    each = [_of_gradients(scene, how, norms, [batch]) for batch in scene.batches]
+    return {name: sum(scores[name] for scores in each) / len(each) for name in each[0]}
+
+
+def snip(scene: Scene, how: Scoring) -> Scores:
+    """Σ|A ⊙ ∂ℒ/∂A| + Σ|B ⊙ ∂ℒ/∂B|, of every site (Lee et al., arXiv 1810.02340)."""
+    return _of_gradients(scene, how, _products, scene.batches)
+
+
+def synflow(scene: Scene, how: Scoring) -> Scores:
+    """Σ|A ⊙ ∂R/∂A| + Σ|B ⊙ ∂R/∂B| with every weight replaced by its modulus and an input of ones.
+
+    R is the sum of the logits (Tanaka et al., arXiv 2006.05467), or the loss. Softmax and norms take from it what the
+    argument for networks of positive weights needs.
+    """
+    batch = scene.batches[0]
+    kept = [(tensor, tensor.detach().clone()) for tensor in _floating(scene.model)]
+    try:
+        for tensor, value in kept:
+            tensor.data = value.abs()
+
+        def flow(batch: Batch) -> Tensor:
+            output = scene.model(**_of_ones(scene.model, batch))
+            result: Tensor = output.loss if how.synflow == "loss" else output.logits.sum(dtype=torch.float32)
+            return result
+
+        return _of_gradients(scene, how, _products, [batch], flow)
+    finally:
+        for tensor, value in kept:
+            tensor.data = value
+
+
+def fisher(scene: Scene, how: Scoring) -> Scores:
+    """Σ_c ½·mean over samples of (Σ_t y_tc·∂ℒ/∂y_tc)², y (samples, tokens, out) the output of the site.
+
+    Positions of padding have no gradient, so they do not count (Theis et al., arXiv 1801.05787, as the proxies' paper
+    uses it).
+    """
+    squares = {candidate.name: 0.0 for candidate in scene.candidates}
+    samples = 0
+
+    def watch(candidate: Candidate) -> Callable[..., None]:
+        def forward(module: nn.Module, inputs: Any, y: Tensor) -> None:
+            kept = y.detach()
+
+            def backward(gradient: Tensor) -> None:
+                product = (kept.double() * gradient.double()).flatten(1, -2) if y.dim() > 2 else None
+                per_channel = product.sum(1) if product is not None else kept.double() * gradient.double()
+                squares[candidate.name] += float(per_channel.square().sum()) / 2
+
+            y.register_hook(backward)
+
+        return forward
+
+    handles = [candidate.layer.register_forward_hook(watch(candidate)) for candidate in scene.candidates]
+    try:
+        for batch in scene.batches:
+            samples += len(next(iter(batch.values())))
+            scene.loss(batch).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: value / samples for name, value in squares.items()}
+
+
+def grasp(scene: Scene, how: Scoring) -> Scores:
+    """−Σ θ ⊙ (H g), g = ∂ℒ/∂θ, H the Hessian of ℒ in the θ of all candidates (Wang et al., arXiv 2002.07376).
+
+    Both derivatives are of the mean of ℒ over the batches, in two passes over them; attention is computed eagerly,
+    because fused kernels have no second derivative.
+    """
+    tensors = {candidate.name: _tensors(candidate, how) for candidate in scene.candidates}
+    every = [tensor for group in tensors.values() for tensor in group]
+    count = len(scene.batches)
+    with _twice_differentiable(scene):
+        first = [torch.zeros_like(tensor) for tensor in every]
+        for batch in scene.batches:
+            gradients = torch.autograd.grad(scene.loss(batch) / count, every, allow_unused=True)
+            first = [g if new is None else g + new for g, new in zip(first, gradients, strict=True)]
+        _sum_over_processes(first)
+        second = [torch.zeros_like(tensor) for tensor in every]
+        for batch in scene.batches:
+            gradients = torch.autograd.grad(scene.loss(batch) / count, every, create_graph=True, allow_unused=True)
+            pairs = [(g.detach(), new) for g, new in zip(first, gradients, strict=True) if new is not None]
+            product = torch.stack([(g * new).sum() for g, new in pairs]).sum()
+            if product.requires_grad:
+                found = torch.autograd.grad(product, every, allow_unused=True)
+                second = [h if new is None else h + new for h, new in zip(second, found, strict=True)]
+        _sum_over_processes(second)
+    products = dict(zip(map(id, every), second, strict=True))
+    return {
+        name: -sum(float((tensor.detach().double() * products[id(tensor)].double()).sum()) for tensor in group)
+        for name, group in tensors.items()
+    }
+
+
+def alpha_test(scene: Scene, how: Scoring) -> Scores:
+    """The smallest α of 0, .1, … 1 with which ΔW of the site may be multiplied before the loss rises by `tolerance`.
+
+    Costs up to 1 + 4·sites passes over the batches; it says so before it starts. α multiplies what the adapter adds,
+    not the whole output of the module.
+    """
+    passes = (1 + 4 * len(scene.candidates)) * len(scene.batches)
+    scene.say(f"alpha_test: up to {passes:,} forward passes, against {len(scene.batches)} for a gradient's proxy")
+
+    @torch.no_grad()
+    def loss() -> float:
+        total = torch.stack([scene.loss(batch).double() for batch in scene.batches]).mean()
+        _sum_over_processes([total])
+        return float(total)
+
+    allowed = (1 + how.tolerance) * loss()
+    scores = {}
+    for candidate in scene.candidates:
+        low, high = 0, 10
+        while low < high:
+            middle = (low + high) // 2
+            candidate.gate.fill_(middle / 10)
+            low, high = (low, middle) if loss() <= allowed else (middle + 1, high)
+        candidate.gate.fill_(1)
+        scores[candidate.name] = low / 10
+    return scores
+
+
+PROXIES: dict[str, Callable[[Scene, Scoring], Scores]] = {
+    "grad_norm": grad_norm,
+    "snip": snip,
+    "synflow": synflow,
+    "fisher": fisher,
+    "grasp": grasp,
+    "alpha_test": alpha_test,
+    "constant": lambda scene, how: {candidate.name: 1.0 for candidate in scene.candidates},
+}
+
+
+def _products(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
+    pairs = zip(tensors, gradients, strict=True)
+    return sum(float((tensor.detach().double() * gradient.double()).abs().sum()) for tensor, gradient in pairs)
+
+
+def _of_gradients(
+    scene: Scene, how: Scoring, norms: Norms, batches: Sequence[Batch], loss: Callable[[Batch], Tensor] | None = None
+) -> Scores:
+    """Return `norms` of every candidate's θ and the gradients summed over the batches (and the processes)."""
+    for candidate in scene.candidates:
+        for tensor in _tensors(candidate, how):
+            tensor.grad = None
+    for batch in batches:
+        (loss or scene.loss)(batch).backward()
+    scores = {}
+    for candidate in scene.candidates:
+        tensors = _tensors(candidate, how)
+        gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+        _sum_over_processes(gradients)
+        scores[candidate.name] = norms(tensors, gradients)
+    return scores
+
+
+def _tensors(candidate: Candidate, how: Scoring) -> list[Tensor]:
+    """Return θ of a site: the trained tensors of its factors, or W0."""
+    return [candidate.weight()] if how.of == "frozen" else list(candidate.parameters())
+
+
+def _sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= torch.distributed.get_world_size()
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    found = [*model.parameters(), *model.buffers()]
+    return [tensor for tensor in found if tensor.is_floating_point()]
+
+
+def _of_ones(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+    """Return the batch with an input of ones in the place of its tokens."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    ids = batch["input_ids"]
+    ones = torch.ones(*ids.shape, embedding.weight.shape[1], dtype=embedding.weight.dtype, device=ids.device)
+    return {**{key: value for key, value in batch.items() if key != "input_ids"}, "inputs_embeds": ones}
+
+
+@contextlib.contextmanager
+def _set_aside(scene: Scene) -> Iterator[None]:
+    """Open all gates, switch dropout off, and put gates, modes, gradients and random generators back afterwards."""
+    gates = [(candidate.gate, candidate.gate.clone()) for candidate in scene.candidates]
+    gradients = [(parameter, parameter.grad) for parameter in scene.model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in scene.model.parameters()]
+    modes = [(module, module.training) for module in scene.model.modules()]
+    try:
+        for gate, _ in gates:
+            gate.fill_(1)
+        for parameter, _ in gradients:
+            parameter.grad = None
+        # recomputing activations is for training only, so it stays in training mode where it is on
+        if not getattr(scene.model, "is_gradient_checkpointing", False):
+            scene.model.eval()
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(scene.seed % 2**63)
+            yield
+    finally:
+        for gate, value in gates:
+            gate.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _drawn(scene: Scene, how: Scoring) -> Iterator[None]:
+    """Let frozen weights have gradients where they are asked for, and draw B where the initial one is 0."""
+    if how.of == "frozen":
+        for candidate in scene.candidates:
+            weight = candidate.weight()
+            if not weight.is_floating_point() or not isinstance(weight, nn.Parameter):
+                raise UserError(f"{candidate.name} is quantized or transposed: its frozen weight has no gradient here")
+            weight.requires_grad_(True)
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    if how.init == "random":
+        generator = torch.Generator().manual_seed(scene.seed % 2**63)
+        for candidate in scene.candidates:
+            for parameter in candidate.parameters():
+                if parameter.dim() == 2 and not bool(parameter.detach().any()):
+                    drawn = uniform(tuple(parameter.shape), 1 / parameter.shape[1] ** 0.5, generator)  # type: ignore[arg-type]
+                    kept.append((parameter, parameter.detach().clone()))
+                    parameter.data.copy_(drawn)
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
+
+
+@contextlib.contextmanager
+def _twice_differentiable(scene: Scene) -> Iterator[None]:
+    """Compute attention eagerly and every site by plain products: fused functions have one derivative."""
+    model: Any = scene.model
+    before = getattr(model.config, "_attn_implementation", None)
+    # a hook on the frozen linear makes the site call it as it is, instead of fusing it
+    handles = [c.layer.base_layer.register_forward_pre_hook(lambda module, args: None) for c in scene.candidates]  # type: ignore[union-attr]
+    try:
+        if before is not None:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if before is not None:
+            model.set_attn_implementation(before)

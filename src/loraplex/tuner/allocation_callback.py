@@ -1,0 +1,92 @@
+"""The callback by which any `transformers.Trainer` drives the allocations of the model it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
+
+from loraplex.allocation.contracts import Batch
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.drive import Drive
+from loraplex.tuner.model import LoraplexTuner
+
+logger = logging.getLogger("loraplex.allocation")
+HISTORY = "allocation"
+"""Key of a decision in the trainer's log history, which checkpoints carry."""
+
+
+class AllocationCallback(TrainerCallback):
+    """Begins with training, revises between steps, finishes when training has ended."""
+
+    def __init__(self) -> None:
+        self.drives: list[Drive] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin: before the first step, or where the checkpoint stands."""
+        model, loader = kwargs.get("model"), kwargs.get("train_dataloader")
+        if model is None or loader is None:
+            return
+        per_epoch = max(1, len(loader) // args.gradient_accumulation_steps) if hasattr(loader, "__len__") else 0
+        batches = _Batches(loader, args.per_device_train_batch_size)
+        for tuner in _tuners(model):
+            for name in tuner.active_adapters:
+                config = tuner.peft_config[name]
+                assert isinstance(config, AdapterConfig)
+                if config.typed_allocation.moves_ranks:
+                    steps = (state.max_steps, per_epoch or state.max_steps)
+                    drive = Drive(tuner, name, batches.first, *steps, logger.info)
+                    drive.begin(state.global_step)
+                    self.drives.append(drive)
+        self._record(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Revise where it is due; the last step of all decides nothing more."""
+        for drive in self.drives:
+            drive.reached(state.global_step)
+        self._record(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish: the best checkpoint, if it was asked for, has been loaded by now."""
+        for drive in self.drives:
+            drive.finish()
+        self.drives.clear()
+
+    def _record(self, state: Any) -> None:
+        for drive in self.drives:
+            known = {entry["step"] for entry in state.log_history if HISTORY in entry}
+            new = [decision for decision in drive.decisions if decision.step not in known]
+            state.log_history.extend({"step": decision.step, HISTORY: decision.describe()} for decision in new)
+
+
+class _Batches:
+    """The first batches of the training set in its own order, whatever order it is trained in."""
+
+    def __init__(self, loader: Any, size: int) -> None:
+        self.loader, self.size = loader, size
+        self.kept: Sequence[Batch] = ()
+
+    def first(self, count: int) -> Sequence[Batch]:
+        """Return the first `count` batches, or as many as there are."""
+        if len(self.kept) < count:
+            dataset = self.loader.dataset
+            if isinstance(dataset, IterableDataset):
+                self.kept = list(islice(iter(self.loader), count))
+            else:
+                ordered = DataLoader(dataset, batch_size=self.size, collate_fn=self.loader.collate_fn)
+                self.kept = list(islice(iter(ordered), count))
+        return self.kept[:count]
+
+
+def _tuners(model: nn.Module) -> list[LoraplexTuner]:
+    return [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+
+
+def decisions(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the decisions in a trainer's log history, each as `Decision.describe` has it."""
+    return [entry[HISTORY] for entry in history if HISTORY in entry]

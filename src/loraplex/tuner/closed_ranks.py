@@ -1,0 +1,117 @@
+"""Keeps closed ranks where they are while an optimizer steps, and stops steps that nobody allocates for.
+
+A closed rank has no gradient, but decay and momentum would move it all the same. A site that is off altogether is
+taken out of the step; of the others the closed rows of A and columns of B are put back after it. When a rank opens
+(again), its moments in the optimizer start at 0.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from loraplex.adapters.contracts import Factors
+from loraplex.errors import UserError
+
+if TYPE_CHECKING:
+    from loraplex.tuner.model import LoraplexTuner
+
+_tuners: weakref.WeakSet[LoraplexTuner] = weakref.WeakSet()
+_installed: list[Any] = []
+driven: weakref.WeakKeyDictionary[LoraplexTuner, set[str]] = weakref.WeakKeyDictionary()
+"""The adapters of a tuner whose allocation is under way."""
+
+
+class _Seen:
+    """What was last known of a gate, so that nothing is read from the device while it stays."""
+
+    def __init__(self, gate: Tensor) -> None:
+        self.gate, self.version = gate, gate._version
+        self.open = gate.detach().bool().cpu()
+        self.mixed = bool(self.open.any()) and not bool(self.open.all())
+
+
+_seen: weakref.WeakKeyDictionary[Factors, _Seen] = weakref.WeakKeyDictionary()
+_kept: list[tuple[Tensor, Tensor, Tensor]] = []
+"""During a step: (parameter, its values, mask of what is put back)."""
+
+
+def watch(tuner: LoraplexTuner) -> None:
+    """From now on optimizers leave the closed ranks of `tuner` alone, if its ranks may close."""
+    if not any(config.typed_allocation.moves_ranks for config in tuner.peft_config.values()):  # type: ignore[attr-defined]
+        return
+    _tuners.add(tuner)
+    if not _installed:
+        _installed.append(register_optimizer_step_pre_hook(_pre_hook))
+        _installed.append(register_optimizer_step_post_hook(_post_hook))
+        # not above: transformers may be half imported when PEFT imports the tuner
+        from transformers.trainer import DEFAULT_CALLBACKS
+
+        from loraplex.tuner.allocation_callback import AllocationCallback
+
+        callbacks: list[Any] = DEFAULT_CALLBACKS
+        callbacks.append(AllocationCallback)
+
+
+def _pre_hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    _kept.clear()
+    for tuner in _tuners:
+        for name, factors in _moving(tuner):
+            tensors = [(p, dim) for p, dim in factors.along_ranks() if id(p) in held]
+            if not tensors:
+                continue
+            if name not in driven.get(tuner, ()):
+                raise UserError(
+                    f"adapter '{name}' has an allocation that nobody drives: a Trainer does so by itself when it is "
+                    "made after the adapter; in a loop of your own call loraplex.drive_allocation before the first one"
+                )
+            _keep_still(optimizer, factors, tensors)
+
+
+def _moving(tuner: LoraplexTuner) -> Iterator[tuple[str, Factors]]:
+    for name, config in tuner.peft_config.items():
+        unfinished = config.finished_ranks is None  # type: ignore[attr-defined]
+        if unfinished and config.typed_allocation.moves_ranks and name in tuner.active_adapters:  # type: ignore[attr-defined]
+            for layer in tuner.site_layers():
+                if name in layer.loraplex_adapters:
+                    yield name, layer.adapter(name).factors
+
+
+def _keep_still(optimizer: torch.optim.Optimizer, factors: Factors, tensors: list[tuple[nn.Parameter, int]]) -> None:
+    seen, gate = _seen.get(factors), factors.gate
+    if seen is None or seen.gate is not gate or seen.version != gate._version:
+        now = _Seen(gate)
+        if seen is not None:
+            _forget_moments(optimizer, tensors, now.open & ~seen.open)
+        _seen[factors] = seen = now
+    if not seen.open.any():
+        for parameter, _ in tensors:
+            parameter.grad = None
+    elif seen.mixed:
+        for parameter, dim in tensors:
+            mask = (~seen.open).to(parameter.device)
+            mask = mask[:, None] if dim == 0 else mask
+            _kept.append((parameter, parameter.detach().clone(), mask))
+
+
+def _forget_moments(optimizer: torch.optim.Optimizer, tensors: list[tuple[nn.Parameter, int]], opened: Tensor) -> None:
+    ranks = opened.nonzero().flatten()
+    if not len(ranks):
+        return
+    for parameter, dim in tensors:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.index_fill_(dim, ranks.to(value.device), 0)
+
+
+@torch.no_grad()
+def _post_hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for parameter, before, mask in _kept:
+        parameter.copy_(torch.where(mask, before, parameter))
+    _kept.clear()

@@ -1,0 +1,197 @@
+"""Drives an allocation: asks the allocator when it is due, moves the gates, and finishes the adapter at the end.
+
+`transformers.Trainer` and what inherits from it are driven by a callback (`allocation_callback`); a loop of one's own
+calls `drive_allocation` and `Drive.step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.allocation.budget import Budget
+from loraplex.allocation.contracts import Batch, Candidate, Gates, Revision, Scene
+from loraplex.allocation.plan import Plan
+from loraplex.allocation.sites import Site
+from loraplex.errors import UserError
+from loraplex.tuner.closed_ranks import driven
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.layer import SiteLayer
+from loraplex.tuner.model import LoraplexTuner
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One revision, as it is recorded."""
+
+    step: int
+    plan: Plan
+    spent: int
+    budget: Budget
+    revision: Revision
+
+    @property
+    def unspent(self) -> int:
+        """What the budget had left."""
+        return self.budget.amount - self.spent
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as plain data: step, ranks by site, budget, spent, unspent, scores, remark."""
+        return {
+            "step": self.step,
+            "ranks": dict(self.plan.ranks),
+            "budget": {"amount": self.budget.amount, "unit": self.budget.unit},
+            "spent": self.spent,
+            "unspent": self.unspent,
+            "scores": dict(self.revision.scores),
+            "remark": self.revision.remark,
+        }
+
+
+class Drive:
+    """The allocation of one adapter, from its beginning to its end."""
+
+    def __init__(
+        self,
+        tuner: LoraplexTuner,
+        adapter_name: str,
+        batches: Callable[[int], Sequence[Batch]],
+        total_steps: int,
+        steps_per_epoch: int,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        config = tuner.peft_config[adapter_name]
+        assert isinstance(config, AdapterConfig)
+        self.tuner, self.adapter_name, self.config = tuner, adapter_name, config
+        self.allocator = config.typed_allocation
+        self.decisions: list[Decision] = []
+        self.done = 0
+        self.total_steps = total_steps
+        self._batches, self._say = batches, say
+        self._due = frozenset(self.allocator.due(total_steps, steps_per_epoch))
+        self.candidates = [_candidate(layer, adapter_name) for layer in _layers(tuner, adapter_name)]
+        start, self.budget = self.allocator.start(self.candidates, config.rank_of)
+        self._start = start
+
+    def begin(self, step: int = 0) -> None:
+        """Begin at `step` optimizer steps; above 0 the gates are those of the checkpoint that was loaded."""
+        self.config.live, self.config.finished_ranks = True, None
+        self.done = step
+        driven.setdefault(self.tuner, set()).add(self.adapter_name)
+        if step == 0:
+            self._set(self._start)
+            self._revise_if_due()
+
+    def step(self) -> None:
+        """Count an optimizer step and revise where that is due; after the last one, finish."""
+        self.done += 1
+        if self.done >= self.total_steps:
+            self.finish()
+        else:
+            self._revise_if_due()
+
+    def reached(self, step: int) -> None:
+        """Take note that `step` optimizer steps are done; revise where that is due."""
+        if step > self.done:
+            self.done = step
+            self._revise_if_due()
+
+    def finish(self) -> None:
+        """End the allocation: from now on the adapter is saved without its closed ranks."""
+        names = driven.get(self.tuner, set())
+        if self.adapter_name in names:
+            names.remove(self.adapter_name)
+            self.tuner.finish(self.adapter_name)
+
+    def _revise_if_due(self) -> None:
+        if self.done not in self._due:
+            return
+        batches = [_on(batch, self.tuner.model) for batch in self._batches(getattr(self.allocator, "batches", 1))]
+        if not batches:
+            raise UserError("the allocation has no batch to look at: the training set is empty")
+        assert self.config.seed is not None
+        scene = Scene(
+            candidates=self.candidates,
+            budget=self.budget,
+            batches=batches,
+            model=self.tuner.model,
+            step=self.done,
+            seed=self.config.seed,
+            say=self._say,
+        )
+        revision = self.allocator.revise(scene)
+        spent = self.budget.spent(self.candidates, revision.plan.ranks)
+        if spent > self.budget.amount:
+            raise AssertionError(f"{self.config.allocation} spends {spent} of {self.budget}")
+        if not revision.plan.adapted:
+            raise UserError(f"the budget of {self.budget} does not pay for a single site: raise share, or lower r")
+        self._set(revision.gates)
+        decision = Decision(self.done, revision.plan, spent, self.budget, revision)
+        self.decisions.append(decision)
+        adapted, remark = len(revision.plan.adapted), f"; {revision.remark}" if revision.remark else ""
+        self._say(
+            f"step {self.done}: {adapted} of {len(self.candidates)} sites on, {spent:,} of {self.budget} "
+            f"({decision.unspent:,} unspent){remark}"
+        )
+
+    def _set(self, gates: Gates) -> None:
+        for candidate in self.candidates:
+            gate = gates[candidate.name].to(candidate.gate)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                # all processes have the same scores; should one round otherwise, the first decides
+                torch.distributed.broadcast(gate, src=0)
+            candidate.gate.copy_(gate)
+
+
+def drive_allocation(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    total_steps: int,
+    *,
+    steps_per_epoch: int | None = None,
+    adapter_name: str = "default",
+    say: Callable[[str], None] = lambda text: None,
+) -> Drive:
+    """Begin the allocation of a model that a loop of your own trains; call the result's `step()` after every step.
+
+    `batches` are what the model is called with, labels included; the first ones are looked at, at every revision.
+    With the last of `total_steps` steps the allocation finishes.
+
+    Raises:
+        UserError: when the model carries no adapter of ours with an allocation that moves ranks.
+    """
+    tuner = getattr(model, "base_model", None)
+    config = getattr(tuner, "peft_config", {}).get(adapter_name)
+    if not isinstance(tuner, LoraplexTuner) or not isinstance(config, AdapterConfig):
+        raise UserError(f"the model carries no loraplex adapter '{adapter_name}'")
+    if not config.typed_allocation.moves_ranks:
+        raise UserError(f"the allocation of '{adapter_name}' is {config.allocation!r}, which moves no ranks")
+    kept: list[Batch] = []
+    source = iter(batches)
+
+    def first(count: int) -> Sequence[Batch]:
+        while len(kept) < count and (batch := next(source, None)) is not None:
+            kept.append(batch)
+        return kept[:count]
+
+    drive = Drive(tuner, adapter_name, first, total_steps, steps_per_epoch or total_steps, say)
+    drive.begin()
+    return drive
+
+
+def _layers(tuner: LoraplexTuner, adapter_name: str) -> list[SiteLayer]:
+    return [layer for layer in tuner.site_layers() if adapter_name in layer.loraplex_adapters]
+
+
+def _candidate(layer: SiteLayer, adapter_name: str) -> Candidate:
+    site = Site(layer.site, layer.in_features, layer.out_features, layer.frozen.bias() is not None)
+    return Candidate(site, layer, layer.adapter(adapter_name), layer.frozen.parameter)
+
+
+def _on(batch: Batch, model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

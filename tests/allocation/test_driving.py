@@ -1,0 +1,350 @@
+"""Allocations drive themselves under trainers that know nothing of them, and a loop of one's own in one call."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tests.allocation.scenes import batches
+from tests.tuner.tiny_models import llama
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from loraplex import AdapterConfig, ALoRA, Hetero, UserError, drive_allocation
+from loraplex.tuner.allocation_callback import decisions
+
+ROWS = [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(16)]
+DYNAMIC = Hetero(batches=2, every=2)
+PROPORTIONAL = Hetero(batches=2, every=2, ranks="proportional", unit="parameters")
+MOVING = ALoRA(rounds=2, first=2, then=2, in_steps=True, pruned=3)
+EVERY = pytest.mark.parametrize(
+    "allocation", [Hetero(batches=2), DYNAMIC, PROPORTIONAL, MOVING], ids=["static", "dynamic", "proportional", "alora"]
+)
+
+
+def adapted(allocation: Any, **fields: Any) -> PeftModel:
+    config = AdapterConfig(
+        allocation=allocation,
+        **{"r": 4, "alpha": 6, "target_modules": "all-linear", "seed": 0, "task_type": "CAUSAL_LM", **fields},
+    )
+    return get_peft_model(llama(), config)
+
+
+def arguments(folder: Path, **changed: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "learning_rate": 3e-2,
+            "weight_decay": 0.1,
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "report_to": [],
+            "seed": 3,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **changed,
+        }
+    )
+
+
+def train(model: PeftModel, folder: Path, resume: str | None = None, **changed: Any) -> Trainer:
+    trainer = Trainer(model, arguments(folder, **changed), train_dataset=Dataset.from_list(ROWS))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state(model: PeftModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "loraplex" in name}
+
+
+@EVERY
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_what_comes_out_is_plain_lora_that_computes_the_same(allocation: Any, adapter: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = adapted(allocation, adapter=adapter)
+    trainer = train(model, tmp_path)
+    found = decisions(trainer.state.log_history)
+    assert [entry["step"] for entry in found] == {"static": [0], "moving": [2, 4]}.get(
+        "moving" if allocation is MOVING else "static" if allocation == Hetero(batches=2) else "", [0, 2, 4]
+    )
+    for entry in found:
+        assert entry["spent"] + entry["unspent"] == entry["budget"]["amount"]
+        assert entry["unspent"] >= 0
+    trainer.save_model(str(tmp_path / "adapter"))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {key.split(".lora_A")[0][17:]: len(value) for key, value in tensors.items() if ".lora_A" in key}
+    assert ranks == {site: rank for site, rank in found[-1]["ranks"].items() if rank}
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert stock.peft_config["default"].peft_type == "LORA"
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        ours, theirs = model.eval()(input_ids=ids).logits, stock.eval()(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (ours - base).abs().max() > 1e-3
+
+
+@EVERY
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_training_equals_uninterrupted(allocation: Any, accumulation: int, tmp_path: Path) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation}
+    whole, resumed = adapted(allocation), adapted(allocation)
+    first = train(whole, tmp_path, **kept)
+    second = train(resumed, tmp_path, resume=str(tmp_path / "checkpoint-3"), **kept)
+    assert decisions(first.state.log_history) == decisions(second.state.log_history)
+    expected, found = state(whole), state(resumed)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_best_checkpoint_is_finished(tmp_path: Path) -> None:
+    model = adapted(DYNAMIC)
+    data = Dataset.from_list(ROWS)
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert '"peft_type": "LORA"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+@EVERY
+def test_a_checkpoint_on_the_way_is_our_own_type(allocation: Any, tmp_path: Path) -> None:
+    train(adapted(allocation), tmp_path, save_strategy="steps", save_steps=3)
+    assert '"peft_type": "LORAPLEX"' in (tmp_path / "checkpoint-3" / "adapter_config.json").read_text()
+    tensors = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    assert sum(key.endswith("factors.gate") for key in tensors) == 14
+
+
+def test_an_unmodified_sft_trainer_drives_too(tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    tokens = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS]
+    config = AdapterConfig(allocation=DYNAMIC, r=4, target_modules="all-linear", seed=0, task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        llama(),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(tokens),
+        peft_config=config,
+        processing_class=_tokenizer(),
+    )
+    trainer.train()
+    assert [entry["step"] for entry in decisions(trainer.state.log_history)] == [0, 2]
+    assert trainer.model.peft_config["default"].finished_ranks is not None
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(64)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w1")), pad_token="w0", eos_token="w2")
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
+def test_closed_ranks_do_not_move_and_start_anew(optimizer: str) -> None:
+    settings = {"AdamW": {"weight_decay": 0.3}, "SGD": {"momentum": 0.9, "weight_decay": 0.1}, "Adagrad": {}}
+    model = adapted(MOVING).train()
+    made = getattr(torch.optim, optimizer)(
+        [p for p in model.parameters() if p.requires_grad], 0.05, **settings[optimizer]
+    )
+    drive = drive_allocation(model, batches(), total_steps=7)
+    layers = {layer.site: layer.adapter("default").factors for layer in model.base_model.site_layers()}
+    reopened = 0
+    for step, batch in enumerate([*batches(), *batches()]):
+        made.zero_grad()
+        model(**batch).loss.backward()
+        gates = {site: factors.gate.clone() for site, factors in layers.items()}
+        before = {site: (f.lora_A.detach().clone(), f.lora_B.detach().clone()) for site, f in layers.items()}
+        made.step()
+        for site, factors in layers.items():
+            closed, opened = gates[site] == 0, gates[site] == 1
+            assert torch.equal(factors.lora_A[closed], before[site][0][closed])
+            assert torch.equal(factors.lora_B[:, closed], before[site][1][:, closed])
+            assert not torch.equal(factors.lora_B[:, opened], before[site][1][:, opened])
+        output = model(**batch).logits.detach()
+        drive.step()
+        newly = {site: (f.gate == 1) & (gates[site] == 0) for site, f in layers.items()}
+        reopened += sum(int(found.sum()) for found in newly.values())
+        if step + 1 in (2, 4):
+            # what was pruned changes the output, what was given does not: given alone leaves it as it is
+            for site, factors in layers.items():
+                assert not factors.lora_B[:, newly[site]].any()
+        else:
+            torch.testing.assert_close(model(**batch).logits.detach(), output, rtol=0, atol=0)
+    assert reopened == 6
+
+
+def test_moments_of_a_rank_that_opens_again_are_forgotten() -> None:
+    model = adapted(Hetero(batches=2, warm_up=1)).train()
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+    drive = drive_allocation(model, batches(), total_steps=9)
+    factors = next(model.base_model.site_layers()).adapter("default").factors
+
+    def step() -> None:
+        made.zero_grad()
+        model(**batches()[0]).loss.backward()
+        made.step()
+
+    for _ in range(2):
+        step()
+    assert drive.done == 0
+    factors.gate[1] = 0
+    step()
+    kept = made.state[factors.lora_A]["exp_avg"].clone()
+    assert kept[1].any()
+    factors.gate[1] = 1
+    before = made.state[factors.lora_A]["exp_avg"].clone()
+    step()
+    gradient = factors.lora_A.grad
+    found = made.state[factors.lora_A]["exp_avg"]
+    torch.testing.assert_close(found[1], 0.1 * gradient[1])
+    torch.testing.assert_close(found[0], 0.9 * before[0] + 0.1 * gradient[0])
+
+
+def test_a_step_that_nobody_drives_is_stopped() -> None:
+    model = adapted(DYNAMIC)
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**batches()[0]).loss.backward()
+    with pytest.raises(
+        UserError, match=r"'default' has an allocation that nobody drives: .*loraplex\.drive_allocation"
+    ):
+        made.step()
+
+
+def test_driving_what_does_not_move_is_refused() -> None:
+    with pytest.raises(UserError, match="the allocation of 'default' is 'uniform', which moves no ranks"):
+        drive_allocation(adapted("uniform"), batches(), 3)
+    with pytest.raises(UserError, match="carries no loraplex adapter 'other'"):
+        drive_allocation(adapted(DYNAMIC), batches(), 3, adapter_name="other")
+
+
+@pytest.mark.parametrize("name", ["lora-xs", "tied-tl6", "prolora"])
+def test_factors_that_do_not_shrink_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="allocation 'hetero' needs parameters that go with closed ranks"):
+        AdapterConfig(adapter=name, allocation="hetero")
+
+
+@pytest.mark.parametrize(
+    ("allocation", "words"),
+    [
+        ({"name": "hetero", "proxy": "gradnorm"}, "proxy is 'gradnorm': choose .* Did you mean 'grad_norm'"),
+        ({"name": "hetero", "share": 0}, "share is 0: give a number above 0 and up to 1"),
+        ({"name": "hetero", "ranks": "proportional"}, "proportional needs a budget of ranks or parameters"),
+        ({"name": "hetero", "shar": 0.5}, "unknown option 'shar' of allocation 'hetero'.*'share'"),
+        ({"name": "alora", "by": "layer"}, "by is 'layer': choose 'site' or 'kind'"),
+        ("heterro", "unknown allocation 'heterro'.*'hetero'"),
+    ],
+)
+def test_wrong_options_are_one_sentence(allocation: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        AdapterConfig(allocation=allocation)
+
+
+def test_a_budget_that_pays_for_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the budget of 0 modules does not pay for a single site"):
+        train(adapted(Hetero(share=0.01, batches=1)), tmp_path)
+
+
+@pytest.mark.parametrize("by", ["site", "kind"])
+def test_alora_keeps_its_budget_and_its_scale(by: str) -> None:
+    model = adapted(ALoRA(rounds=3, first=1, then=1, in_steps=True, by=by, pruned=2 if by == "kind" else 5)).train()
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+    drive = drive_allocation(model, batches(), total_steps=5)
+    for index in range(5):
+        made.zero_grad()
+        model(**batches()[index % 3]).loss.backward()
+        made.step()
+        drive.step()
+    assert [decision.step for decision in drive.decisions] == [1, 2, 3]
+    for decision in drive.decisions:
+        assert decision.budget.amount == 4 * 14
+        assert decision.spent <= 56
+        assert len(set(decision.plan.ranks.values())) > 1
+    assert {layer.adapter("default").factors.scale for layer in model.base_model.site_layers()} == {1.5}
+    if by == "kind":
+        for ranks in drive.decisions[-1].plan.ranks, model.peft_config["default"].finished_ranks:
+            kinds = {}
+            for site, rank in ranks.items():
+                kinds.setdefault(site.rpartition(".")[2], set()).add(rank)
+            assert all(len(found) == 1 for found in kinds.values())
+
+
+def planted() -> PeftModel:
+    """Only three sites can change anything: the other paths through the blocks are cut in the frozen model."""
+    base = llama()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.self_attn.v_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
+        base.model.layers[1].mlp.up_proj.weight.zero_()
+        base.model.layers[1].mlp.down_proj.weight.zero_()
+    return base
+
+
+ANSWER = {f"model.layers.0.mlp.{kind}" for kind in ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("proxy", ["grad_norm", "constant"])
+def test_a_planted_answer_is_found(proxy: str) -> None:
+    shares = []
+    for seed in range(8):
+        config = AdapterConfig(
+            allocation=Hetero(proxy=proxy, batches=2),
+            r=4,
+            target_modules="all-linear",
+            seed=seed,
+            task_type="CAUSAL_LM",
+        )
+        drive = drive_allocation(get_peft_model(planted(), config), batches(), total_steps=3)
+        ranks = drive.decisions[0].plan.ranks
+        shares.append(sum(rank for site, rank in ranks.items() if site in ANSWER) / sum(ranks.values()))
+    mean = sum(shares) / len(shares)
+    assert mean >= 0.8 if proxy == "grad_norm" else mean <= 0.5
+
+
+def test_ab_lora_finds_a_planted_answer() -> None:
+    """8 steps, 14 sites of rank 2: the 22 ranks at the others are missed least, so they go to the three that matter."""
+    config = AdapterConfig(
+        allocation=ALoRA(rounds=1, first=8, in_steps=True, pruned=22, growth=5),
+        r=2,
+        target_modules="all-linear",
+        seed=0,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(planted(), config).train()
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
+    drive = drive_allocation(model, batches(), total_steps=9)
+    for index in range(9):
+        made.zero_grad()
+        model(**batches()[index % 3]).loss.backward()
+        made.step()
+        drive.step()
+    ranks = drive.decisions[-1].plan.ranks
+    assert sum(rank for site, rank in ranks.items() if site in ANSWER) >= 0.8 * sum(ranks.values())
