@@ -54,6 +54,19 @@ def share_of(candidates: Sequence[Priced], share: float, unit: str) -> Budget:
     return Budget(math.floor(share * sum(whole.price(candidate, candidate.ranks) for candidate in candidates)), unit)
 
 
+def most_parameters(candidates: Sequence[Priced], budget: Budget) -> int:
+    """Return how many parameters the budget pays for at most: exact for parameters, else for the dearest choice."""
+    if budget.unit == "parameters":
+        return budget.amount
+    left, found = budget.amount, 0
+    for candidate in sorted(candidates, key=lambda c: -c.cost(c.ranks) / max(1, budget.price(c, c.ranks))):
+        ranks = candidate.ranks if budget.unit == "modules" else min(left, candidate.ranks)
+        if left <= 0:
+            break
+        found, left = found + candidate.cost(ranks), left - budget.price(candidate, ranks)
+    return found
+
+
 def check_unit(unit: Any) -> None:
     """Raise a UserError when `unit` is none of `UNITS`."""
     if unit not in UNITS:

@@ -73,7 +73,11 @@ def _sites(found: Estimate) -> RenderableType:
         table.add_row(kind.name, sites, rank, f"{kind.parameters:,}", f"{kind.parameters / found.total:.3%}")
     table.add_section()
     share = f"{found.trainable / found.total:.3%}"
-    table.add_row("all", f"{len(found.ranks):,}", "", f"{found.trainable:,}", share, style="bold")
+    name = "all" if found.kept is None else "all candidates"
+    table.add_row(name, f"{len(found.ranks):,}", "", f"{found.trainable:,}", share, style="bold")
+    if found.kept is not None:
+        share = f"{found.kept / found.total:.3%}"
+        table.add_row(f"kept, at most ({found.budget})", "", "", f"{found.kept:,}", share, style="bold")
     return table
 
 

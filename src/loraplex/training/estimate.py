@@ -25,6 +25,7 @@ from loraplex.training.preparation import Rows, adapter_config
 from loraplex.training.probe import BlockCost, measure_block
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.drive import budget_of
 from loraplex.tuner.layer import SiteLayer
 from loraplex.tuner.packing import unsupported
 
@@ -111,6 +112,11 @@ class Estimate:
     kinds: list[Kind]
     ranks: dict[str, int]
     trainable: int
+    """With an allocation that moves ranks, of all candidates."""
+    kept: int | None
+    """Parameters that the allocation's budget pays for at most; None where no rank moves."""
+    budget: str | None
+    """That budget in its own unit."""
     total: int
     """Parameters of the model with its adapter."""
     batches: Batches
@@ -136,11 +142,14 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     names = [kind.name for kind in kinds if kind.sites]
     block = measure_block(recipe, config, dtype, names, batches.largest)
     trainable, total = model.get_nb_trainable_parameters()
+    bounded = budget_of(model)
     learned = sum(sum(row["completion_mask"]) for row in rows.train.rows) / len(rows.train.rows)
     return Estimate(
         kinds=kinds,
         ranks={layer.site: _rank(layer) for layer in _site_layers(model)},
         trainable=trainable,
+        kept=None if bounded is None else bounded[1],
+        budget=None if bounded is None else str(bounded[0]),
         total=total,
         batches=batches,
         memory=_memory(recipe, model, config, batches, block),

@@ -34,6 +34,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.environment = self.path / "environment.json"
         self.plot = self.path / "loss.png"
+        self.ranks_plot = self.path / "ranks.png"
 
     @property
     def contents(self) -> tuple[Path, ...]:
@@ -47,6 +48,7 @@ class RunFolder:
             self.metrics,
             self.environment,
             self.plot,
+            self.ranks_plot,
         )
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

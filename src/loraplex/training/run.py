@@ -15,7 +15,7 @@ from loraplex.training.folder import RunFolder, write_json
 from loraplex.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -108,6 +108,8 @@ def train(
     memory["peak_bytes"] = trained.pop("peak_bytes")
     operations = flops_per_token(trainer) if count_flops else None
     reloaded, reload = _save(run, model, rows, identity)
+    if trained["allocation"]:
+        _draw_ranks(run, _plan(model), trained["allocation"])
     after = _measure(run, "after", reloaded, tokenizer, rows)
     metrics = {
         **trained,
@@ -132,6 +134,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
     from loraplex.training.memory import peak
     from loraplex.training.report import split_history
     from loraplex.training.trainer import Clock, DivergedError, Interruption, ProgressBar, TrainingInterrupted
+    from loraplex.tuner.allocation_callback import decisions
 
     checkpoint = run.folder.last_checkpoint() if resume else None
     if checkpoint is not None and _is_last(checkpoint):
@@ -170,6 +173,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
             "tokens_per_second": round(trainer.tokens / step_seconds, 1),
             "seconds_per_step": round(step_seconds / len(clock.seconds), 4),
         },
+        "allocation": decisions(state.log_history),
         "peak_bytes": peak(),
         "energy_kwh": energy.kwh,
     }
@@ -234,6 +238,19 @@ def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:
         draw_loss(run.folder.plot, metrics["loss"], metrics["validation"], title, subtitle)
     # Last: a run with metrics is a finished run.
     write_json(run.folder.metrics, metrics)
+
+
+def _draw_ranks(run: _Run, plan: Plan, decisions: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the ranks that an allocation has ended with, and say what it spent."""
+    from loraplex.analysis.rank_map import draw_ranks
+
+    last = decisions[-1]
+    spent = "{spent:,} of {amount:,} {unit}".format(spent=last["spent"], **last["budget"])
+    title = f"{run.recipe.adapter_name} on {run.recipe.model.name}: ranks decided at step {last['step']}"
+    draw_ranks(run.folder.ranks_plot, plan.ranks, title, f"{spent}, {last['unspent']:,} unspent")
+    remark = f"; {last['remark']}" if last["remark"] else ""
+    adapted = f"{len(plan.adapted)} of {len(plan.ranks)} sites"
+    run.say("ranks", f"{adapted}, {spent}, picture in {run.folder.ranks_plot}{remark}")
 
 
 def _plan(model: PeftModel) -> Plan:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.allocation.budget import Budget
+from loraplex.allocation.budget import Budget, most_parameters
 from loraplex.allocation.contracts import Batch, Candidate, Gates, Revision, Scene
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.sites import Site
@@ -145,6 +145,20 @@ class Drive:
                 # all processes have the same scores; should one round otherwise, the first decides
                 torch.distributed.broadcast(gate, src=0)
             candidate.gate.copy_(gate)
+
+
+def budget_of(model: nn.Module, adapter_name: str = "default") -> tuple[Budget, int] | None:
+    """Return the budget of a model's adapter and how many parameters it pays for at most, None where no rank moves."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, LoraplexTuner):
+        return None
+    config = tuner.peft_config[adapter_name]
+    assert isinstance(config, AdapterConfig)
+    if not config.typed_allocation.moves_ranks:
+        return None
+    candidates = [_candidate(layer, adapter_name) for layer in _layers(tuner, adapter_name)]
+    _, budget = config.typed_allocation.start(candidates, config.rank_of)
+    return budget, most_parameters(candidates, budget)
 
 
 def drive_allocation(
