@@ -84,9 +84,16 @@ def train(
     from loraplex.training.flops import flops_per_token
     from loraplex.training.memory import start_peak
 
-    recipe = preparation.resolve(recipe)
-    run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
-    run.folder.check(recipe, resume=resume, overwrite=overwrite)
+    recipe, folder = preparation.resolve(recipe), RunFolder(recipe.output)
+    if not resume:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    recipe, settled = preparation.settle(recipe)
+    for choice in settled:
+        say("settled", choice.summary)
+    # What is resumed has the recipe that the rows have settled.
+    if resume:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    run = _Run(recipe, folder, say, progress, callbacks)
     # Names and values first: they cost nothing, the model does.
     trainer_arguments(recipe, run.folder.checkpoints)
     with run.timed("data"):
@@ -100,6 +107,8 @@ def train(
     model = preparation.add_adapter(recipe, base)
     trainer = preparation.build_trainer(recipe, model, tokenizer, rows, run.folder.checkpoints)
     run.folder.open(recipe, resume=resume)
+    if settled:
+        write_json(run.folder.settled, [choice.evidence for choice in settled])
     parameters = _parameters(model)
     say("adapter", "{sites} sites, {trainable:,} trainable parameters, {share:.2%} of the model".format(**parameters))
     before = _measure_before(run, model, tokenizer, rows)
