@@ -1,6 +1,7 @@
 """How many groups there are: found where they are known, by every method, the same ones every time."""
 
 import collections
+import random
 from typing import Any, get_args
 
 import numpy as np
@@ -52,6 +53,15 @@ def test_the_same_seed_gives_the_same_groups(method: Method) -> None:
     one, other = group_texts(texts, method, seed=3), group_texts(texts, method, seed=3)
     assert one.evidence() == other.evidence()
     assert (one.labels == other.labels).all()
+
+
+@pytest.mark.parametrize("method", ["kmeans", "ward"])
+def test_texts_without_groups_say_so(method: Method) -> None:
+    draw = random.Random(0)
+    texts = [" ".join(f"word{draw.randrange(300)}" for _ in range(12)) for _ in range(300)]
+    found = group_texts(texts, method)
+    assert (found.number, found.elbow) == (4, None)
+    assert "no groups to speak of" in found.reason
 
 
 def test_the_order_of_the_rows_does_not_matter_to_the_number() -> None:
@@ -144,6 +154,11 @@ def test_more_texts_than_are_looked_at_are_sampled() -> None:
             "have no words but stop words and those that all of them share",
         ),
         (["planet orbit", *[f"the {'and ' * n}" for n in range(30)]], {}, "are left without stop words"),
+        (
+            [f"star planet orbit {'and ' * n}" for n in range(20)] + ["oven", "flour"],
+            {},
+            "to 3 different sets of words",
+        ),
         (prompts(3)[0], {"least": 1}, "the numbers to try, 1 to 10, make no sense"),
         (prompts(3)[0], {"least": 5, "most": 4}, "the numbers to try, 5 to 4, make no sense"),
         (prompts(3)[0], {"method": "kmean"}, "Did you mean 'kmeans'?"),

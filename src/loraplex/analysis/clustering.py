@@ -109,8 +109,12 @@ def group_texts(
             "give more rows or try fewer groups"
         )
     points = text_points(texts, most_texts=MOST_IN_TREE if method == "ward" else MOST_TEXTS, seed=seed)
-    if len(points) <= most:
-        raise UserError(f"{len(points)} texts with words are too few to tell {most} groups apart: give more rows")
+    different = len(np.unique(points.points.round(6), axis=0))
+    if different <= most:
+        raise UserError(
+            f"the {len(texts)} texts come down to {different} different sets of words, too few to tell {most} groups "
+            "apart: give more rows or try fewer groups"
+        )
     if method == "dbscan":
         return _by_density(points, least, most, seed)
     found = _kmeans(points.points, least, most, seed) if method == "kmeans" else _ward(points.points, least, most)
@@ -184,17 +188,17 @@ def tree(points: Array) -> Array:
 def _kmeans(points: Array, least: int, most: int, seed: int) -> dict[int, Labels]:
     from sklearn.cluster import KMeans
 
-    return {
-        number: _by_size(KMeans(number, n_init=RESTARTS, random_state=seed).fit(points).labels_)
-        for number in range(least, most + 1)
-    }
+    tried = (KMeans(number, n_init=RESTARTS, random_state=seed).fit(points) for number in range(least, most + 1))
+    return {len(np.unique(found.labels_)): _by_size(found.labels_) for found in tried}
 
 
 def _ward(points: Array, least: int, most: int) -> dict[int, Labels]:
     from scipy.cluster.hierarchy import fcluster
 
     merges = tree(points)
-    return {number: _by_size(fcluster(merges, number, "maxclust")) for number in range(least, most + 1)}
+    # equal heights can leave fewer groups than were asked for
+    tried = [fcluster(merges, number, "maxclust") for number in range(least, most + 1)]
+    return {len(np.unique(labels)): _by_size(labels) for labels in tried if len(np.unique(labels)) > 1}
 
 
 def _by_density(points: TextPoints, least: int, most: int, seed: int) -> Grouping:
@@ -217,7 +221,8 @@ def _by_density(points: TextPoints, least: int, most: int, seed: int) -> Groupin
         inertia(points.points[inside], labels[inside]),
         silhouette(points.points[inside], labels[inside], seed),
     )
-    words = f"DBSCAN finds {number} dense groups within {radius:.2f} of each other and {1 - inside.mean():.0%} noise"
+    groups_in_words = "1 dense group" if number == 1 else f"{number} dense groups"
+    words = f"DBSCAN finds {groups_in_words} at a radius of {radius:.2f} and {1 - inside.mean():.0%} noise"
     suggested = min(max(number, least), most)
     if suggested != number:
         words += f"; {suggested} is the nearest number from {least} to {most}"
