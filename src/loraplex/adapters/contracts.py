@@ -9,14 +9,49 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from loraplex.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Options of a method after the training rows have decided what was left to them."""
+
+    options: Any
+    """Of the same class, with nothing left to decide."""
+    summary: str
+    """What was decided and why, in a line for the user."""
+    evidence: Mapping[str, Any]
+    """The same as plain values, to be kept with the run."""
+
+
+@runtime_checkable
+class SettlesFromData(Protocol):
+    """Options of a method with a value that the training rows may decide, such as a number that may be 'auto'.
+
+    `build` never sees such a value: whoever has no rows to decide it by is told so by a `UserError` there.
+    """
+
+    def settle(self, texts: Callable[[], Sequence[str]], seed: int) -> Settled | None:
+        """Return the options with every open value decided, or None where none is open.
+
+        `texts` gives what is asked in every training row, in their order; it reads them when it is called. The same
+        texts and seed give the same options.
+        """
+
+
+@runtime_checkable
+class HasHeads(Protocol):
+    """Factors with several B over one A, to be looked at one by one."""
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (N, out, r) of the N heads, scale and gate included in B once, not in A."""
 
 
 @dataclass(frozen=True)

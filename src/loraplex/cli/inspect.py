@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from loraplex.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
 
+    from loraplex.analysis.factor_map import Separation
     from loraplex.analysis.inspection import Inspection, SiteReport
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("--model", help="Base model instead of the one named in the adapter folder.")
 @click.option("--sites", "all_sites", is_flag=True, help="A line for every site instead of every kind of module.")
+@click.option("--tsne", type=click.Path(path_type=Path), metavar="FILE", help="Draw a map of A and B of all ADAPTERs.")
+@click.option("--module", "kinds", multiple=True, metavar="NAME", help="With --tsne: sites of this kind only (q_proj).")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the spectrum of every site.")
-def inspect(adapter: str, model: str | None, all_sites: bool, as_json: bool) -> None:
+def inspect(
+    adapters: tuple[str, ...],
+    model: str | None,
+    all_sites: bool,
+    tsne: Path | None,
+    kinds: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show sites, ranks, spectra and parameters of ADAPTER, and what it can be exported to.
 
-    ADAPTER is an adapter folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA).
+    ADAPTER is an adapter folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA). With --tsne,
+    several can be compared: do their A coincide, and their B part, as HydraLoRA's paper finds?
     """
+    if tsne is not None:
+        if all_sites:
+            raise click.UsageError("--tsne compares adapters, --sites shows one: give one of them")
+        _compare(adapters, model, tsne, kinds, as_json)
+        return
+    if len(adapters) > 1 or kinds:
+        what = f"{len(adapters)} adapters are" if len(adapters) > 1 else "--module is"
+        raise click.UsageError(f"{what} for a map: add --tsne FILE, or give one adapter alone")
     from loraplex.analysis.inspection import inspect as run
 
-    found = run(adapter, model)
+    found = run(adapters[0], model)
     if as_json:
         click.echo(json.dumps(as_plain(found), indent=2))
         return
@@ -36,6 +58,46 @@ def inspect(adapter: str, model: str | None, all_sites: bool, as_json: bool) -> 
     console = Console(highlight=False)
     for part in render(found, all_sites):
         console.print(part)
+
+
+def _compare(adapters: Sequence[str], model: str | None, file: Path, kinds: Sequence[str], as_json: bool) -> None:
+    """Draw the map of A and B, and print how far they lie apart."""
+    from loraplex.analysis.factor_map import FORMS, check_lengths, draw_vectors, read_vectors, separations
+
+    if file.suffix not in FORMS:
+        raise UserError(f"--tsne '{file}': the picture is a file that ends in {', '.join(FORMS)}")
+    if not file.parent.is_dir():
+        raise UserError(f"--tsne '{file}': there is no folder '{file.parent}'; make it first")
+    vectors = read_vectors(adapters, model, kinds)
+    check_lengths(vectors)
+    found = separations(vectors)
+    where = f"A and B at {', '.join(dict.fromkeys(vector.kind for vector in vectors))}"
+    draw_vectors(file, vectors, where)
+    if as_json:
+        click.echo(json.dumps([vars(separation) for separation in found], indent=2))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(_separations(found))
+    click.echo(f"drawn: {file}")
+
+
+def _separations(found: Sequence[Separation]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="How far apart", title_justify="left")
+    table.add_column("")
+    for heading in ("tensors", "length", "cosine at the same site", "silhouette"):
+        table.add_column(heading, justify="right")
+    for part in found:
+        values = ("–" if value is None else f"{value:.3f}" for value in (part.similarity, part.silhouette))
+        table.add_row(part.part, str(part.vectors), f"{part.length:,}", *values)
+    table.caption_justify = "left"
+    table.caption = (
+        "cosine: 1 where adapters (or heads) have the same tensor, 0 where unrelated; silhouette: of the adapter, "
+        "above 0 where its tensors lie together"
+    )
+    return table
 
 
 def as_plain(found: Inspection) -> dict[str, Any]:

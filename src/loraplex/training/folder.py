@@ -30,6 +30,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
         self.recipe = self.path / "recipe.yaml"
+        self.settled = self.path / "settled.json"
         self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.json"
         self.environment = self.path / "environment.json"
@@ -43,6 +44,7 @@ class RunFolder:
             self.checkpoints,
             self.evaluation,
             self.recipe,
+            self.settled,
             self.plan,
             self.metrics,
             self.environment,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+    from loraplex.adapters.contracts import Settled
     from loraplex.allocation.plan import Plan
     from loraplex.training.measuring import Measured
     from loraplex.training.preparation import Rows
@@ -84,9 +85,8 @@ def train(
     from loraplex.training.flops import flops_per_token
     from loraplex.training.memory import start_peak
 
-    recipe = preparation.resolve(recipe)
+    recipe, settled = _settle(preparation.resolve(recipe), resume, overwrite, say)
     run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
-    run.folder.check(recipe, resume=resume, overwrite=overwrite)
     # Names and values first: they cost nothing, the model does.
     trainer_arguments(recipe, run.folder.checkpoints)
     with run.timed("data"):
@@ -100,6 +100,8 @@ def train(
     model = preparation.add_adapter(recipe, base)
     trainer = preparation.build_trainer(recipe, model, tokenizer, rows, run.folder.checkpoints)
     run.folder.open(recipe, resume=resume)
+    if settled:
+        write_json(run.folder.settled, [choice.evidence for choice in settled])
     parameters = _parameters(model)
     say("adapter", "{sites} sites, {trainable:,} trainable parameters, {share:.2%} of the model".format(**parameters))
     before = _measure_before(run, model, tokenizer, rows)
@@ -122,6 +124,24 @@ def train(
     }
     _write_reports(run, metrics)
     return RunResult(run.folder.path, run.folder.adapter, metrics)
+
+
+def _settle(
+    recipe: Recipe, resume: bool, overwrite: bool, say: Callable[[str, str], None]
+) -> tuple[Recipe, list[Settled]]:
+    """Check the folder, and return the recipe with what is left to the training rows decided, and how that went."""
+    from loraplex.training import preparation
+
+    folder = RunFolder(recipe.output)
+    if not resume:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    recipe, settled = preparation.settle(recipe)
+    for choice in settled:
+        say("settled", choice.summary)
+    # What is resumed has the recipe that the rows have settled.
+    if resume:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    return recipe, settled
 
 
 def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
