@@ -90,6 +90,15 @@ def test_compiled_training_step_has_the_same_gradients(adapter):
 
 
 @EVERY
+def test_training_after_a_look_in_inference_mode(adapter):
+    """Nothing that is kept between calls may be an inference tensor."""
+    looked_at, fresh = adapted(adapter=adapter), adapted(adapter=adapter)
+    with torch.inference_mode():
+        looked_at(input_ids=tokens())
+    assert same(gradients(looked_at.train()), gradients(fresh.train()))
+
+
+@EVERY
 def test_copies_are_independent_and_equal(adapter):
     model = adapted(adapter=adapter)
     model.add_adapter("other", config(adapter="dora"))

@@ -105,7 +105,9 @@ class Factors(nn.Module, ABC):
             return _Scaled(gate, 0, self._every(gate).to(dtype) * self.scale, closed=False)
         kept = self._scaled
         if kept is None or kept.gate is not gate or kept.version != gate._version or kept.scale.dtype != dtype:
-            scale = self._every(gate).to(dtype) * self.scale
+            # kept for later calls, which may be of training after one of inference
+            with torch.inference_mode(False):
+                scale = self._every(gate).to(dtype) * self.scale
             kept = _Scaled(gate, gate._version, scale, closed=not bool(gate.any()))
             self._scaled = kept
         return kept
