@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
 
@@ -19,15 +19,25 @@ if TYPE_CHECKING:
 @click.argument("adapter")
 @click.option("--model", help="Base model instead of the one named in the adapter folder.")
 @click.option("--sites", "all_sites", is_flag=True, help="A line for every site instead of every kind of module.")
+@click.option(
+    "--data", "sources", multiple=True, help="Routed adapters: measure their gates on these rows, task by task."
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Rows of each source at most."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the spectrum of every site.")
-def inspect(adapter: str, model: str | None, all_sites: bool, as_json: bool) -> None:
+def inspect(
+    adapter: str, model: str | None, all_sites: bool, sources: tuple[str, ...], limit: int, as_json: bool
+) -> None:
     """Show sites, ranks, spectra and parameters of ADAPTER, and what it can be exported to.
 
+    Of a routed adapter also how its heads are used, on the rows of its run or on those given.
     ADAPTER is an adapter folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA).
     """
     from loraplex.analysis.inspection import inspect as run
+    from loraplex.data import DataOptions
 
-    found = run(adapter, model)
+    found = run(adapter, model, DataOptions(test=sources, max_test=limit) if sources else None)
     if as_json:
         click.echo(json.dumps(as_plain(found), indent=2))
         return
@@ -58,6 +68,8 @@ def render(found: Inspection, all_sites: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [escape(line) for line in lines]
     if found.sites:
         parts += ["", _table(found.sites, all_sites)]
+    if found.routing is not None:
+        parts += ["", _routing(found.routing, all_sites)]
     return [*parts, "", "Can be exported to", _exports(found)]
 
 
@@ -85,6 +97,33 @@ def _table(sites: Sequence[SiteReport], all_sites: bool) -> RenderableType:
         )
     if not all_sites:
         table.caption, table.caption_justify = "parameters: of the pairs as plain LoRA", "left"
+    return table
+
+
+def _routing(routing: Mapping[str, Any], all_sites: bool) -> RenderableType:
+    """Return the gates task by task: of every site, or their means over all of a kind.
+
+    Heads of different sites have nothing to do with each other, so those of a kind are sorted by their load before
+    they are averaged.
+    """
+    from rich.table import Table
+
+    table = Table(title=f"mean gates on the {routing['rows']} rows", title_justify="left")
+    for heading in ("task", "site" if all_sites else "module"):
+        table.add_column(heading, overflow="fold")
+    heading = "heads" if all_sites else "heads, the most used first"
+    for name in (heading, "entropy", "dead heads"):
+        table.add_column(name, justify="right")
+    for task, sites in routing["tasks"].items():
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for site, summary in sites.items():
+            groups.setdefault(site if all_sites else site.rpartition(".")[2], []).append(summary)
+        for name, group in groups.items():
+            loads = [s["load"] if all_sites else sorted(s["load"], reverse=True) for s in group]
+            means = [sum(column) / len(group) for column in zip(*loads, strict=True)]
+            entropy, dead = (sum(s[key] for s in group) / len(group) for key in ("entropy", "dead"))
+            table.add_row(task or "-", name, " ".join(f"{gate:.2f}" for gate in means), f"{entropy:.0%}", f"{dead:.0%}")
+    table.caption, table.caption_justify = "entropy: 100 % where every token weighs all heads alike", "left"
     return table
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex.adapters.registry import Deployed
 from loraplex.errors import UserError
 from loraplex.training.base_model import write_base
 from loraplex.training.folder import fill_atomically
@@ -38,22 +39,23 @@ class Reload:
     difference: float | None
     """Largest of any logit, reloaded by loraplex: the same operations, so 0 unless an allocation compacted ranks. None
     for an adapter of stock PEFT."""
-    difference_peft: float
-    """Largest of any logit, reloaded by PEFT; of a type of our own, its pairs written out as plain LoRA."""
+    difference_peft: float | None
+    """Largest of any logit, reloaded by PEFT; of a type of our own, its pairs written out as plain LoRA. None for one
+    that is not one pair per site, which PEFT cannot compute."""
     tolerance_peft: float
     """Allowed `difference_peft` as a share of the largest logit."""
-    same_prediction_peft: float
+    same_prediction_peft: float | None
     """Share of positions at which both predict the same next token."""
 
     def __str__(self) -> str:
+        ours = "equal to the bit" if self.difference == 0 else f"equal up to {self.difference or 0:.2g}"
+        if self.difference_peft is None:
+            return f"{ours} in loraplex, which alone can compute it"
         stock = (
             f"stock PEFT within {self.dtype} rounding ({self.difference_peft:.2g} on logits of up to "
             f"{self.largest_logit:.3g})"
         )
-        if self.difference is None:
-            return f"in {stock}"
-        equal = "equal to the bit" if self.difference == 0 else f"equal up to {self.difference:.2g}"
-        return f"{equal} in loraplex, in {stock}"
+        return f"in {stock}" if self.difference is None else f"{ours} in loraplex, in {stock}"
 
 
 def save_checked(
@@ -89,14 +91,19 @@ def save_checked(
             ours = load_adapter(fresh, str(temporary))
             again, fresh = _logits(ours, rows), ours.unload()
         stock = _by_stock_peft(fresh, model, temporary)
-        result.append((stock, _compare(trained, again, _logits(stock, rows), fresh.dtype, is_exact)))
+        is_pair = not isinstance(config, AdapterConfig) or config.typed_adapter.plain is not Deployed.OWN
+        by_peft = _logits(stock, rows) if is_pair else None
+        result.append((stock, _compare(trained, again, by_peft, fresh.dtype, is_exact)))
 
     fill_atomically(folder, fill)
     return result[0]
 
 
 def _by_stock_peft(fresh: torch.nn.Module, model: PeftModel, folder: Path) -> PeftModel:
-    """Return the adapter on `fresh` under PEFT's own tuner: the folder's, or its pairs written out as plain LoRA."""
+    """Return the adapter on `fresh` under PEFT's own tuner: the folder's, or its pairs written out as plain LoRA.
+
+    One that is not one pair per site comes back under ours.
+    """
     config = model.peft_config[model.active_adapter]
     with tempfile.TemporaryDirectory() as plain:
         if isinstance(config, AdapterConfig) and config.deployed is not config.typed_adapter.plain:
@@ -110,19 +117,22 @@ def _by_stock_peft(fresh: torch.nn.Module, model: PeftModel, folder: Path) -> Pe
 def _compare(
     trained: Sequence[Tensor],
     ours: Sequence[Tensor] | None,
-    stock: Sequence[Tensor],
+    stock: Sequence[Tensor] | None,
     dtype: torch.dtype,
     is_exact: bool,
 ) -> Reload:
-    agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(trained, stock, strict=True))
+    same = None
+    if stock is not None:
+        agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(trained, stock, strict=True))
+        same = agreeing / sum(len(logits) for logits in trained)
     report = Reload(
         rows=len(trained),
         dtype=str(dtype).removeprefix("torch."),
         largest_logit=max(float(logits.abs().max()) for logits in trained),
         difference=None if ours is None else _largest_difference(trained, ours),
-        difference_peft=_largest_difference(trained, stock),
+        difference_peft=None if stock is None else _largest_difference(trained, stock),
         tolerance_peft=TOLERANCE.get(dtype, min(TOLERANCE.values())),
-        same_prediction_peft=agreeing / sum(len(logits) for logits in trained),
+        same_prediction_peft=same,
     )
     allowed = report.tolerance_peft * report.largest_logit
     for who, difference, limit in (
