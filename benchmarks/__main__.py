@@ -34,13 +34,13 @@ def main() -> None:
 
 @main.command()
 @_options
-@click.option("--only", type=click.Choice(["lora", "dora", "pair"]), help="One part; pair: our DoRA and LoRA.")
+@click.option("--only", type=click.Choice(["lora", "dora", "pair", "hydra"]), help="One part; pair: our DoRA and LoRA.")
 def training(rounds: int | None, quick: bool, only: str | None) -> None:
     """Training steps against the limit and against TRL with PEFT."""
     from benchmarks.training import run
 
-    for part in (only,) if only else ("lora", "dora", "pair"):
-        run(part, _plan(rounds, quick, default=45 if part == "pair" else 9))
+    for part in (only,) if only else ("lora", "dora", "pair", "hydra"):
+        run(part, _plan(rounds, quick, default=45 if part in ("pair", "hydra") else 9))
 
 
 @main.command()
@@ -50,6 +50,15 @@ def layers(rounds: int | None, quick: bool) -> None:
     from benchmarks.layers import run
 
     run(_plan(rounds, quick))
+
+
+@main.command("routed-layers")
+@_options
+def routed_layers(rounds: int | None, quick: bool) -> None:
+    """Single layers with a router against loops over the heads."""
+    from benchmarks.routed_layers import run
+
+    run(_plan(rounds, quick, default=15))
 
 
 @main.command()

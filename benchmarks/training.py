@@ -8,7 +8,7 @@ from benchmarks import results
 from benchmarks.ratios import Comparison
 from benchmarks.results import Plan
 from benchmarks.rounds import alternate
-from benchmarks.workload import ALPHA, BATCH, KINDS, LEARNING_RATE, TRAINING_FILE, TrainingWork
+from benchmarks.workload import ALPHA, BATCH, KINDS, LEARNING_RATE, MLP, TRAINING_FILE, TrainingWork
 
 _OURS_LORA = TrainingWork("loraplex", "lora")
 
@@ -31,8 +31,16 @@ CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
         "ours-bare": TrainingWork("loraplex", "dora", "bare"),
     },
     "pair": {"ours": TrainingWork("loraplex", "dora"), "ours-lora": _OURS_LORA},
+    "hydra": {
+        "ours": TrainingWork("loraplex", "hydra"),
+        "ours-lora": _OURS_LORA,
+        "ours-mlp": TrainingWork("loraplex", "hydra", kinds=MLP),
+        "ours-lora-mlp": TrainingWork("loraplex", "lora", kinds=MLP),
+    },
 }
-"""By adapter, and DoRA beside LoRA alone, in more rounds; `bare` is forward and backward without a trainer."""
+"""By adapter; DoRA beside LoRA alone, and Hydra with its four heads beside LoRA of the same rank, in more rounds.
+
+`bare` is forward and backward without a trainer, `mlp` has the sites of the HydraLoRA paper only."""
 
 COMPARISONS: dict[str, tuple[Comparison, ...]] = {
     "lora": (
@@ -57,6 +65,12 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
         Comparison("ours", "peft-shipped", "memory"),
     ),
     "pair": (Comparison("ours", "ours-lora", "time", goal=1.08), Comparison("ours", "ours-lora", "memory")),
+    "hydra": (
+        Comparison("ours", "ours-lora", "time", goal=1.10),
+        Comparison("ours-mlp", "ours-lora-mlp", "time", goal=1.10),
+        Comparison("ours", "ours-lora", "memory"),
+        Comparison("ours-mlp", "ours-lora-mlp", "memory"),
+    ),
 }
 
 

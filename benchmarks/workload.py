@@ -18,6 +18,8 @@ THREADS = 2
 ALPHA = 32
 LEARNING_RATE = 2e-4
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+"""The sites of the HydraLoRA paper."""
 TRAINING_FILE = "commonsense/train_balanced_1000each.jsonl.gz"
 
 _FIRST_ROWS = 80
@@ -29,7 +31,7 @@ class TrainingWork:
     """What one training contestant does, told to its process as JSON."""
 
     library: Literal["limit", "loraplex", "peft"]
-    adapter: Literal["lora", "dora"] = "lora"
+    adapter: Literal["lora", "dora", "hydra"] = "lora"
     setting: Literal["bare", "padded", "best", "shipped"] = "padded"
     """`bare` is forward and backward alone; the others are whole steps under SFTTrainer, see `training_worker`."""
     rank: int = 16

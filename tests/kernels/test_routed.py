@@ -21,10 +21,10 @@ def tensors(dtype=torch.float64):
         "bias": (11,),
         "a": (RANK, 7),
         "b": (11, HEADS * RANK),
-        "s": (HEADS * RANK,),
         "router": (HEADS, 7),
     }
-    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    given = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    return given | {"s": torch.randn(RANK, dtype=dtype).repeat(HEADS)}
 
 
 def naive(x, dropped, weight, bias, a, b, s, router, top_k=None):

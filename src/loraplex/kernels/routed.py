@@ -31,8 +31,8 @@ def routed_linear(
     """Return y (..., out) and the gates g (tokens, N), both differentiable.
 
     x (..., in) and `dropped`, the same after dropout or None where there is none; W0 (out, in), b (out,) or None;
-    A (r, in), B (out, N·r) head after head, s (N·r,) the scale of every column of B, without gradient; W_g (N, in).
-    With `top_k` the softmax is over the k largest logits of a row, the other gates are 0.
+    A (r, in), B (out, N·r) head after head, s (N·r,) the scale of every column of B, the same for every head and
+    without gradient; W_g (N, in). With `top_k` the softmax is over the k largest logits of a row, other gates are 0.
     """
     x, dropped, weight, bias = under_autocast(x, dropped, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
@@ -46,12 +46,14 @@ def softmax_gates(logits: Tensor, top_k: int | None = None) -> Tensor:
     if top_k is not None and top_k < logits.shape[-1]:
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(top_k, dim=-1).indices, True)
         logits = logits.masked_fill(~kept, -torch.inf)
-    return logits.softmax(-1)
+    # over the outermost dimension, which a CPU does many rows of at once
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous()
 
 
-def weighed(gates: Tensor, low: Tensor) -> Tensor:
-    """Return g ⊗ a (..., N·r) of gates (..., N) and a (..., r) in the dtype of a, head after head."""
-    return (gates.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2).to(low.dtype)
+def weighed(gates: Tensor, low: Tensor, s: Tensor | None = None) -> Tensor:
+    """Return g ⊗ (a s) (..., N·r) of gates (..., N), a (..., r) and s (r,) in the dtype of a, head after head."""
+    scaled = low if s is None else low * s
+    return (gates.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(-2).to(low.dtype)
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -70,14 +72,14 @@ class _RoutedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = None if dropped is None else dropped.reshape(rows.shape)
-        # a rounded s would rescale the whole adapter, so it goes into B before the cast
-        both, b_cast = torch.cat([a.to(rows.dtype), router.to(rows.dtype)]), (b * s).to(rows.dtype)
+        both, b_cast = torch.cat([a.to(rows.dtype), router.to(rows.dtype)]), b.to(rows.dtype)
         if low_rows is None:
             low, logits = F.linear(rows, both).split([len(a), len(router)], dim=1)
         else:
             low, logits = F.linear(low_rows, both[: len(a)]), F.linear(rows, both[len(a) :])
         gates = softmax_gates(logits, top_k)
-        y = F.linear(rows, weight, bias).addmm_(weighed(gates, low), b_cast.T)
+        # s goes where the fewest numbers are, and into them before they are rounded: a rounded s would rescale all
+        y = F.linear(rows, weight, bias).addmm_(weighed(gates, low, s[: len(a)]), b_cast.T)
         ctx.save_for_backward(rows, low_rows, weight, both, b_cast, s, low, gates)
         ctx.shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, router.dtype)
         ctx.set_materialize_grads(False)
@@ -91,13 +93,13 @@ class _RoutedLinear(torch.autograd.Function):
         dy = rows.new_zeros(len(rows), len(weight)) if given_y is None else given_y.reshape(-1, len(weight))
         r = low.shape[1]
         heads = (dy @ b).view(len(rows), -1, r).to(gates.dtype)  # (tokens, N, r)
-        dlow = (heads * gates.unsqueeze(2)).sum(1)
-        dgates = (heads * low.unsqueeze(1)).sum(2)
+        dlow = (heads * gates.unsqueeze(2)).sum(1) * s[:r]
+        dgates = (heads * (low * s[:r]).unsqueeze(1)).sum(2)
         if given_gates is not None:
             dgates = dgates + given_gates
         dlogits = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
         dboth = torch.cat([dlow, dlogits], dim=1).to(rows.dtype)  # (tokens, r + N)
-        db = (dy.T @ weighed(gates, low)).to(ctx.dtypes[1]).mul_(s)
+        db = (dy.T @ weighed(gates, low, s[:r])).to(ctx.dtypes[1])
         if low_rows is None:
             da, drouter = (dboth.T @ rows).split([r, gates.shape[1]])
         else:
