@@ -65,6 +65,8 @@ def test_what_is_written_is_the_fixed_model_and_its_distance_is_reported(make, t
     card = (done.folder / "README.md").read_text()
     assert "gates at their means over 6 rows" in card
     assert "against the routed adapter" in card
+    assert "This is not the adapter as it was trained" in card
+    assert "compared with what that left" in card
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert set(config["rank_pattern"].values()) == {2}

@@ -108,22 +108,22 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
     before = model_logits(model, rows)
     tolerance = TOLERANCE[dtype] if order.tolerance is None else order.tolerance
     agreements: list[Agreement] = []
-    notes: list[str] = list(given_up)
+    notes: list[str] = []
     held = [model]
     del model
 
     def fill(temporary: Path) -> None:
         # the target may use the model up; only one is in memory when the result is reloaded
-        written = target.write(held.pop(), temporary, Writing(base, dtype))
-        for note in written:
+        notes.extend(target.write(held.pop(), temporary, Writing(base, dtype)))
+        for note in notes:
             say("written", note)
-        notes.extend(written)
         gc.collect()
         for reader, after in target.reload(temporary, base, rows).items():
             agreements.append(compare(reader, before, after, tolerance))
             say("verified", str(agreements[-1]))
         check(agreements)
-        write_card(temporary, CardFacts(target, subject, base, read_history(folder), trained, notes, agreements))
+        history = read_history(folder)
+        write_card(temporary, CardFacts(target, subject, base, history, trained, notes, agreements, given_up))
 
     fill_atomically(order.output, fill)
     return Exported(order.output, notes, agreements, approximation)
