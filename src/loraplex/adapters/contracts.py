@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from loraplex.adapters.gates import GateRecord
 from loraplex.errors import UserError
 
 
@@ -69,6 +70,8 @@ class SiteInit:
     """Gives W0 as (out, in), dequantized; called only by methods that read it."""
     identity: bool = True
     """False asks for an initialization that changes the output visibly, for tests."""
+    heads: int = 1
+    """How many B the factors hold side by side; known to the combine, which is built after them."""
     meta: bool = False
     """True when the tensors are about to be overwritten by a checkpoint: expensive initializations are skipped."""
     shared: Callable[[str, Callable[[], nn.Module]], nn.Module] | None = None
@@ -90,6 +93,8 @@ class Factors(nn.Module, ABC):
     gate: Tensor
     repeats = 1
     """How many times `parts` goes through the ranks that the gate counts."""
+    heads = 1
+    """How many B stand side by side in `parts`, all of them over one A; a pair has one."""
 
     def __init__(self, site: SiteInit, scale: float) -> None:
         super().__init__()
@@ -101,7 +106,10 @@ class Factors(nn.Module, ABC):
 
     @abstractmethod
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r), differentiable, neither scaled nor gated."""
+        """Return A (r, in) and B (out, heads·r), differentiable, neither scaled nor gated.
+
+        With several heads column i·r + k of B is rank k of head i.
+        """
 
     def share(self, attribute: str, site: SiteInit, key: str, make: Callable[[], nn.Module]) -> None:
         """Let `attribute` be the module that all sites of this adapter with this `key` use.
@@ -131,7 +139,7 @@ class Factors(nn.Module, ABC):
         """
 
     def rank_scale(self, dtype: torch.dtype) -> Tensor:
-        """Return s·gate (r,): what every rank is multiplied with between A and B."""
+        """Return s·gate (heads·r,): what every column of B is multiplied with."""
         return self._of_gate(dtype).scale
 
     @property
@@ -145,25 +153,31 @@ class Factors(nn.Module, ABC):
             return _Scaled(gate, 0, self._every(gate).to(dtype) * self.scale, closed=False)
         kept = self._scaled
         if kept is None or kept.gate is not gate or kept.version != gate._version or kept.scale.dtype != dtype:
-            scale = self._every(gate).to(dtype) * self.scale
+            # kept for later calls, which may be of training after one of inference
+            with torch.inference_mode(False):
+                scale = self._every(gate).to(dtype) * self.scale
             kept = _Scaled(gate, gate._version, scale, closed=not bool(gate.any()))
             self._scaled = kept
         return kept
 
     def _every(self, gate: Tensor) -> Tensor:
-        """Return the gate of every rank of `parts`."""
-        return gate if self.repeats == 1 else gate.repeat(self.repeats)
+        """Return the gate of every column of B in `parts`."""
+        times = self.repeats * self.heads
+        return gate if times == 1 else gate.repeat(times)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r), differentiable, scale and gate included in B exactly once."""
+        """Return A (r, in) and B (out, heads·r), differentiable, scale and gate included in B exactly once."""
         a, b = self.parts()
         return a, b * self.rank_scale(b.dtype)
 
     def compact(self) -> tuple[Tensor, Tensor]:
-        """Return the pair without its closed ranks: A (r', in), B (out, r'), detached. BA is unchanged, exactly."""
+        """Return the pair without its closed ranks: A (r', in), B (out, heads·r'), detached.
+
+        BA, with several heads every B_i A, is unchanged, exactly.
+        """
         a, b = (tensor.detach() for tensor in self.pair())
-        open_ranks = self._every(self.gate).bool()
-        return a[open_ranks].clone(), b[:, open_ranks].clone()
+        every = self._every(self.gate).bool()
+        return a[every[: len(a)]].clone(), b[:, every].clone()
 
     @property
     def open_ranks(self) -> int:
@@ -183,6 +197,22 @@ class _Scaled:
 
 class Combine(nn.Module, ABC):
     """How the pair meets the frozen weight."""
+
+    gates: GateRecord | None = None
+    """What a combine that weighs several heads records of its gates; None where there is nothing to weigh."""
+
+    def drop(self, x: Tensor, dropout: nn.Module) -> Tensor:
+        """Return what `delta` and `output` get as `dropped`: x (..., in) after dropout, or x itself where it is off."""
+        dropped: Tensor = dropout(x)
+        return dropped
+
+    def collapsed(self, factors: Factors, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r), detached and scaled, of the pair that fixed `gates` (heads,) leave.
+
+        Raises:
+            UserError: when this combine has no gates.
+        """
+        raise UserError("this adapter has no gates over heads that could be fixed")
 
     @abstractmethod
     def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
@@ -224,11 +254,11 @@ class SiteAdapter(nn.Module):
 
     def delta(self, x: Tensor, y0: Tensor, base: BaseWeight) -> Tensor:
         """Return the adapter's contribution to y0 (..., out) for input x (..., in), in the adapter's dtype."""
-        return self.combine.delta(x, self.dropout(x), y0, base, self.factors)
+        return self.combine.delta(x, self.combine.drop(x, self.dropout), y0, base, self.factors)
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (..., out) of the frozen linear W0 (out, in), b (out,) with this adapter alone."""
-        return self.combine.output(x, self.dropout(x), weight, bias, self.factors)
+        return self.combine.output(x, self.combine.drop(x, self.dropout), weight, bias, self.factors)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return W' − W0 (out, in); see `Combine.delta_weight`."""

@@ -35,6 +35,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.environment = self.path / "environment.json"
         self.plot = self.path / "loss.png"
+        self.routing = self.path / "routing.json"
+        self.routing_plot = self.path / "routing.png"
 
     @property
     def contents(self) -> tuple[Path, ...]:
@@ -49,6 +51,8 @@ class RunFolder:
             self.metrics,
             self.environment,
             self.plot,
+            self.routing,
+            self.routing_plot,
         )
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

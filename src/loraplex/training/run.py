@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from loraplex.adapters.contracts import Settled
     from loraplex.allocation.plan import Plan
+    from loraplex.analysis.routing import RoutingWatch
     from loraplex.training.measuring import Measured
     from loraplex.training.preparation import Rows
     from loraplex.training.trainer import RunTrainer
@@ -111,6 +112,7 @@ def train(
     operations = flops_per_token(trainer) if count_flops else None
     reloaded, reload = _save(run, model, rows, identity)
     after = _measure(run, "after", reloaded, tokenizer, rows)
+    routing = _write_routing(run, reloaded, tokenizer, rows, trainer)
     metrics = {
         **trained,
         "accuracy": {"before": before.summary if before else None, "after": after.summary if after else None},
@@ -118,6 +120,7 @@ def train(
         "rows": _row_counts(rows),
         "memory": memory,
         "flops_per_token": operations,
+        **({"routing": routing} if routing else {}),
         "seconds": run.seconds,
         "reload": reload,
         "base_model": identity,
@@ -163,6 +166,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
     for callback in (interruption, clock, *([ProgressBar()] if run.progress else []), *run.callbacks):
         trainer.add_callback(callback)
     set_seed(run.recipe.seed)
+    watch = _watch_routing(trainer)
     try:
         with energy_estimated() as energy, run.timed("training"), interruption:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -170,6 +174,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
         kept = run.folder.last_checkpoint()
         where = f"the last good checkpoint is '{kept}'" if kept else "no checkpoint was due before"
         raise DivergedError(f"{error}; {where}; lower training.learning_rate or look at the data") from error
+    watch.stop()
     state = trainer.state
     if interruption.asked and state.global_step < state.max_steps:
         raise TrainingInterrupted(
@@ -241,6 +246,29 @@ def _measure(run: _Run, when: str, model: PeftModel, tokenizer: PreTrainedTokeni
     measured.write(run.folder.evaluation / f"{when}.jsonl")
     run.say(when, str(measured))
     return measured
+
+
+def _watch_routing(trainer: RunTrainer) -> RoutingWatch:
+    """Let the trainer log the gates of a routed adapter; one that routes nothing has nothing to watch."""
+    from loraplex.analysis.routing import RoutingWatch
+
+    watch = RoutingWatch(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.routing = watch if watch.records else None
+    return watch
+
+
+def _write_routing(
+    run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, trainer: RunTrainer
+) -> dict[str, float] | None:
+    """Write how the finished adapter routes its rows and return the overview; None where it routes nothing."""
+    from loraplex.training.routing import routed_rows, write_routing
+
+    if trainer.routing is None:
+        return None
+    title = f"{run.recipe.adapter_name} on {run.recipe.model.name}"
+    with run.timed("routing"):
+        chosen = routed_rows(rows, tokenizer, run.recipe.training.max_length)
+        return write_routing(run.folder, model, chosen, trainer.state.log_history, title)
 
 
 def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:
