@@ -13,7 +13,7 @@ from benchmarks.rounds import ContestantError
 from benchmarks.terminal import errors
 from loraplex.errors import UserError
 
-_TRAINING = ("lora", "dora", "pair", "compact")
+_TRAINING = ("lora", "dora", "pair", "compact", "hydra")
 _QUICK = Plan(rounds=2, warm_up=1, quick=True)
 
 
@@ -41,7 +41,7 @@ def training(rounds: int | None, quick: bool, only: str | None) -> None:
     from benchmarks.training import run
 
     for part in (only,) if only else _TRAINING:
-        run(part, _plan(rounds, quick, default=45 if part == "pair" else 9))
+        run(part, _plan(rounds, quick, default=45 if part in ("pair", "hydra") else 9))
 
 
 @main.command()
@@ -51,6 +51,15 @@ def layers(rounds: int | None, quick: bool) -> None:
     from benchmarks.layers import run
 
     run(_plan(rounds, quick))
+
+
+@main.command("routed-layers")
+@_options
+def routed_layers(rounds: int | None, quick: bool) -> None:
+    """Single layers with a router against loops over the heads."""
+    from benchmarks.routed_layers import run
+
+    run(_plan(rounds, quick, default=15))
 
 
 @main.command()

@@ -14,6 +14,8 @@ _OURS, _PEER, _LIMIT = "#1f6f8b", "#c8c8c8", "#99a8b2"
 _SHORT = {
     "ours": "loraplex",
     "ours-lora": "loraplex LoRA",
+    "ours-mlp": "loraplex, MLP",
+    "ours-lora-mlp": "loraplex LoRA, MLP",
     "ours-bare": "loraplex, no trainer",
     "peft-best": "PEFT best",
     "peft-padded": "PEFT padded",
@@ -107,6 +109,7 @@ _DRAWN: dict[str, Callable[[Result], Figure]] = {
     "training-dora": _contest,
     "training-pair": _contest,
     "training-compact": _contest,
+    "training-hydra": _contest,
     "evaluation": _contest,
     "layers": _layers,
     "growth": _growth,

@@ -15,6 +15,8 @@ PAGE = ROOT / "docs" / "performance.md"
 NAMES = {
     "ours": "loraplex",
     "ours-lora": "loraplex LoRA",
+    "ours-mlp": "loraplex, MLP only",
+    "ours-lora-mlp": "loraplex LoRA, MLP only",
     "ours-bare": "loraplex, forward and backward alone",
     "peft-best": "PEFT, padding-free (its best)",
     "peft-padded": "PEFT, padded",
@@ -30,7 +32,9 @@ _COMMANDS = {
     "training-dora": "training --only dora",
     "training-pair": "training --only pair",
     "training-compact": "training --only compact",
+    "training-hydra": "training --only hydra",
     "layers": "layers",
+    "routed-layers": "routed-layers",
     "evaluation": "evaluation",
     "startup": "startup",
     "growth": "growth",
@@ -136,6 +140,21 @@ def _layers(result: Result) -> list[str]:
     return [_table(head, rows), ahead(comparisons), "![layers](performance/layers.png)"]
 
 
+def _routed_layers(result: Result) -> list[str]:
+    head = ["over", "tokens", "dropout", "ours, ms", "theirs, ms", "frozen, ms", "what", "median", "95 %", "goal"]
+    rows, comparisons = [], []
+    for layer in result["layers"]:
+        names = ("ours", layer["over"], "frozen")
+        times = [f"{1e3 * middle(layer['seconds'][name]):.1f}" for name in names]
+        for what, title in (("whole", "whole pass"), ("added", "frozen products taken off")):
+            entry = {**layer[what], "quantity": "speed", "over": layer["over"]}
+            entry["of"] = f"ours at {layer['tokens']} tokens, dropout {layer['dropout']}, {title},"
+            place = [layer["over"], str(layer["tokens"]), str(layer["dropout"]), *times, title]
+            rows.append([*place, f"{entry['median']:.2f}", results.bounds(entry), results.goal(entry)])
+            comparisons.append(entry)
+    return [_table(head, rows), ahead(comparisons)]
+
+
 def _evaluation(result: Result) -> list[str]:
     head = ["", "accuracy", "items", "answered otherwise than by loraplex"]
     rows = (
@@ -194,7 +213,9 @@ _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "training-dora": _training,
     "training-pair": _training,
     "training-compact": _training,
+    "training-hydra": _training,
     "layers": _layers,
+    "routed-layers": _routed_layers,
     "evaluation": _evaluation,
     "startup": _startup,
     "growth": _growth,

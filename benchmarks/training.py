@@ -8,7 +8,7 @@ from benchmarks import results
 from benchmarks.ratios import Comparison
 from benchmarks.results import Plan
 from benchmarks.rounds import alternate
-from benchmarks.workload import ALPHA, BATCH, KINDS, LEARNING_RATE, TRAINING_FILE, TrainingWork
+from benchmarks.workload import ALPHA, BATCH, KINDS, LEARNING_RATE, MLP, TRAINING_FILE, TrainingWork
 
 _OURS_LORA = TrainingWork("loraplex", "lora")
 
@@ -36,10 +36,16 @@ CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
         "pissa": TrainingWork("loraplex", {"name": "lora", "init": "pissa"}),
         "ours-lora": _OURS_LORA,
     },
+    "hydra": {
+        "ours": TrainingWork("loraplex", "hydra"),
+        "ours-lora": _OURS_LORA,
+        "ours-mlp": TrainingWork("loraplex", "hydra", kinds=MLP),
+        "ours-lora-mlp": TrainingWork("loraplex", "lora", kinds=MLP),
+    },
 }
-"""By adapter; DoRA beside LoRA alone, in more rounds; the compact adapters of the same rank beside LoRA.
+"""By adapter; beside our LoRA of the same rank DoRA (in more rounds), the compact adapters, and Hydra's four heads.
 
-`bare` is forward and backward without a trainer."""
+`bare` is forward and backward without a trainer, `mlp` has the sites of the HydraLoRA paper only."""
 
 COMPARISONS: dict[str, tuple[Comparison, ...]] = {
     "lora": (
@@ -67,6 +73,12 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
     "compact": tuple(
         Comparison(name, "ours-lora", "time", goal=1.15)
         for name in ("prolora", "tied-tl5", "tied-tl6", "lora-xs", "pissa")
+    ),
+    "hydra": (
+        Comparison("ours", "ours-lora", "time", goal=1.10),
+        Comparison("ours-mlp", "ours-lora-mlp", "time", goal=1.10),
+        Comparison("ours", "ours-lora", "memory"),
+        Comparison("ours-mlp", "ours-lora-mlp", "memory"),
     ),
 }
 

@@ -18,6 +18,8 @@ THREADS = 2
 ALPHA = 32
 LEARNING_RATE = 2e-4
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+"""The sites of the HydraLoRA paper."""
 TRAINING_FILE = "commonsense/train_balanced_1000each.jsonl.gz"
 
 _FIRST_ROWS = 80

@@ -11,7 +11,7 @@ import pytest
 from loraplex.cli.main import COMMANDS, LazyCommand, cli, main
 from loraplex.errors import UserError
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "matplotlib", "rich", "pydantic")
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "matplotlib", "rich", "pydantic", "sklearn", "scipy")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def test_an_unknown_command_names_the_nearest_and_ends_with_status_2() -> None:
 def test_an_unknown_command_like_no_other_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["xyzzy"]) == 2
     assert (
-        "The commands are: demo, train, eval, plan, compare, report, export, inspect, generate, methods."
+        "The commands are: demo, train, eval, plan, heads, compare, report, export, inspect, generate, methods."
         in capsys.readouterr().err
     )
 

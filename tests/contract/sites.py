@@ -1,7 +1,7 @@
 """What the contract tests share: every legal adapter, and sites of odd sizes to put them on."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from loraplex import Adapter
 from loraplex.adapters.contracts import SiteAdapter, SiteInit
-from loraplex.adapters.registry import Axis, illegal
+from loraplex.adapters.registry import Axis, Capability, Method, illegal
 from loraplex.errors import UserError
 from loraplex.methods import REGISTRY
 from loraplex.tuner.layer import FrozenLinear
 
 
-def oracle(name: str):
-    """The reference module of a method: it must exist for everything that registers."""
-    return importlib.import_module(f"tests.reference.{name}")
+def oracle(method: Method):
+    """The reference module beside a method's source file: it must exist for everything that registers."""
+    return importlib.import_module(f"tests.reference.{method.options.__module__.rpartition('.')[2]}")
+
+
+def variants(method: Method) -> list:
+    """The options of a method that its oracle names."""
+    return [options for options in oracle(method).VARIANTS if type(options) is method.options]
 
 
 def adapters() -> list[Adapter]:
@@ -27,8 +32,8 @@ def adapters() -> list[Adapter]:
         for f in REGISTRY.members(Axis.FACTORS)
         for c in REGISTRY.members(Axis.COMBINE)
         if illegal(f, c) is None
-        for factors in oracle(f.name).VARIANTS
-        for combine in oracle(c.name).VARIANTS
+        for factors in variants(f)
+        for combine in variants(c)
     ]
 
 
@@ -56,7 +61,11 @@ class BuiltSite:
 
     def reference(self, x: Tensor) -> Tensor:
         """The oracle's output, on the same tensors."""
-        factors, combine = (oracle(method.name) for method in self.options.methods)
+        factors, combine = (oracle(method) for method in self.options.methods)
+        if Capability.ROUTED in self.options.methods[0].provides:
+            raw = dict(self.adapter.factors.state_dict(keep_vars=True)) | dict(self.adapter.combine.named_parameters())
+            options = (self.options.factors, self.options.combine)
+            return combine.output(*options, self.alpha, self.base.weight, self.base.bias, x, raw)
         raw = dict(self.adapter.factors.named_parameters()) | dict(self.adapter.factors.named_buffers())
         a, b = factors.pair(self.options.factors, self.alpha, self.adapter.factors.rank, self.base.weight, raw)
         own = dict(self.adapter.combine.named_parameters())
@@ -83,7 +92,8 @@ def build(
     torch.manual_seed(3)
     base = nn.Linear(in_features, out_features, bias=bias).to(dtype).requires_grad_(False)
     init = SiteInit(name, in_features, out_features, rank, alpha, seed, lambda: base.weight, identity)
-    adapter = SiteAdapter(options.factors.build(init), options.combine.build(init), dropout).to(dtype)
+    factors = options.factors.build(init)
+    adapter = SiteAdapter(factors, options.combine.build(replace(init, heads=factors.heads)), dropout).to(dtype)
     if perturb:
         with torch.no_grad():
             for parameter in adapter.parameters():

@@ -81,7 +81,10 @@ def test_what_is_exactly_lora_loads_in_stock_peft(options, ids, tmp_path):
 @EVERY
 @pytest.mark.parametrize("closed", [False, True], ids=["all ranks", "closed ranks"])
 def test_pairs_written_out_load_in_stock_peft(options, closed, ids, tmp_path):
-    assert options.plain is not Deployed.OWN
+    if options.plain is Deployed.OWN:
+        with pytest.raises(loraplex.UserError, match=r"not one pair \(A, B\) per site"):
+            save_plain(adapted(options), tmp_path)
+        return
     model = perturb(adapted(options, alpha_pattern={"v_proj": 2.0}))
     if closed:
         model.base_model.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
@@ -118,6 +121,14 @@ def test_merging_unmerging_and_unloading(options, ids):
     before = {key: value.clone() for key, value in base.state_dict().items()}
     model = perturb(adapted(options, base))
     expected = model(ids).logits
+    if not options.mergeable:
+        with pytest.raises(loraplex.UserError, match=r"cannot be merged into the base weights: .*; none was"):
+            model.merge_adapter()
+        with pytest.raises(loraplex.UserError, match=r"cannot be merged"):
+            model.merge_and_unload()
+        assert torch.equal(model(ids).logits, expected)
+        _check_restored(model.unload(), before)
+        return
     model.merge_adapter()
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
     model.unmerge_adapter()
@@ -126,9 +137,12 @@ def test_merging_unmerging_and_unloading(options, ids):
         assert torch.equal(model(ids).logits, plain)
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-6)
-    restored = model.unload()
-    assert restored.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in restored.state_dict().items())
+    _check_restored(model.unload(), before)
+
+
+def _check_restored(base, before):
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
 @EVERY

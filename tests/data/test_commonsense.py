@@ -148,3 +148,37 @@ def test_every_row_of_every_file_is_rebuilt_from_its_parts() -> None:
             read_as_labels(row, "train")
             seen += 1
     assert seen == 44745
+
+
+def test_a_mixed_set_has_the_wording_row_by_row(tmp_path: Path) -> None:
+    plain = {"task": "rte", "instruction": "Does it?", "output": "yes", "answer": "yes", "choices": ["yes", "no"]}
+    sums = {"task": "gsm8k", "instruction": "2 + 2?", "input": "", "output": "4", "choices": []}
+    path = tmp_path / "rows.jsonl"
+    for rows in ([plain, ARC, sums, BOOLQ], [BOOLQ, sums, ARC, plain]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = {example.task: example for example in read_examples(DataOptions(test=str(path)), "test")}
+        assert found["ARC-Easy"].choices == (" a b", " c", " d: e")
+        assert found["rte"].choices == ("yes", "no")
+        assert found["gsm8k"].choices == ()
+        assert found["boolq"].prompt == "Question: is it so?\nAnswer:"
+
+
+def test_a_row_without_the_wording_of_its_set_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(BOOLQ) + "\n" + json.dumps({**ARC, "instruction": "Why: heat?"}) + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the instruction has no 'Answer format:' part"):
+        read_examples(DataOptions(test=str(path)), "test")
+
+
+def test_what_is_asked_is_the_rows_own_instruction(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [ARC, {"instruction": "Add.", "input": "2 2", "output": "4"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [example.asked for example in read_examples(DataOptions(test=str(path)), "test")] == [
+        ARC["instruction"],
+        "Add.\n\n2 2",
+    ]
+    template = DataOptions(test=str(path), prompt="Do: {instruction}", completion="{output}")
+    assert read_examples(template, "test")[1].asked == "Do: Add."
+    chat = DataOptions(test=str(path), prompt="Do: {instruction}", completion="{output}", chat=True)
+    assert read_examples(chat, "test")[1].asked == "Do: Add."

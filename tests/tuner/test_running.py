@@ -13,9 +13,11 @@ from torch._dynamo.testing import CompileCounter
 from loraplex.tuner.layer import SiteLayer
 
 EVERY = pytest.mark.parametrize("adapter", KINDS)
+# and one that has no ΔW
+ROUTED_TOO = pytest.mark.parametrize("adapter", [*KINDS, "hydra"])
 
 
-@EVERY
+@ROUTED_TOO
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -36,7 +38,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, adapter, 
     assert len(plain) == sum(1 for _ in trainable(model))
 
 
-@EVERY
+@ROUTED_TOO
 def test_reentrant_checkpointing_without_a_first_gradient_is_not_silent(adapter):
     """With inputs that need no gradient reentrant checkpointing would cut the adapters off: PEFT prevents it."""
     model = adapted(adapter=adapter).train()
@@ -45,7 +47,7 @@ def test_reentrant_checkpointing_without_a_first_gradient_is_not_silent(adapter)
     assert all(gradient.abs().sum() > 0 for key, gradient in gradients(model).items() if "lora_B" in key)
 
 
-@EVERY
+@ROUTED_TOO
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_generation_with_a_cache_equals_the_full_forward(architecture, adapter):
     model, ids = adapted(architecture, adapter=adapter), tokens(2, 5)
@@ -58,7 +60,7 @@ def test_generation_with_a_cache_equals_the_full_forward(architecture, adapter):
     assert torch.equal(model.generate(input_ids=ids, use_cache=False, **settings), expected)
 
 
-@EVERY
+@ROUTED_TOO
 def test_compiled_model_is_one_graph_and_flipping_a_gate_does_not_compile_again(adapter):
     model = adapted(adapter=adapter)
     layer = model.base_model.model.model.layers[0]
@@ -78,7 +80,7 @@ def test_compiled_model_is_one_graph_and_flipping_a_gate_does_not_compile_again(
     assert counter.frame_count == 2
 
 
-@EVERY
+@ROUTED_TOO
 def test_compiled_training_step_has_the_same_gradients(adapter):
     model = move(get_peft_model(llama(num_hidden_layers=1), config(adapter=adapter))).train()
     expected = gradients(model)
@@ -87,6 +89,15 @@ def test_compiled_training_step_has_the_same_gradients(adapter):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@ROUTED_TOO
+def test_training_after_a_look_in_inference_mode(adapter):
+    """Nothing that is kept between calls may be an inference tensor."""
+    looked_at, fresh = adapted(adapter=adapter), adapted(adapter=adapter)
+    with torch.inference_mode():
+        looked_at(input_ids=tokens())
+    assert same(gradients(looked_at.train()), gradients(fresh.train()))
 
 
 @EVERY
@@ -131,7 +142,7 @@ def _through_torch_save(model):
     return torch.load(buffer, weights_only=False)
 
 
-@EVERY
+@ROUTED_TOO
 def test_dropout_acts_in_training_only(adapter):
     model = adapted(adapter=adapter, lora_dropout=0.5)
     assert torch.equal(logits(model), logits(model))
@@ -144,7 +155,7 @@ def test_dropout_acts_in_training_only(adapter):
     assert torch.equal(first, logits(model))
 
 
-@EVERY
+@ROUTED_TOO
 def test_state_dict_of_the_whole_model_reloads(adapter):
     model = adapted(adapter=adapter)
     twin = adapted(adapter=adapter, moved=False)
@@ -167,7 +178,7 @@ def test_replacing_the_frozen_module_is_seen(adapter):
         torch.testing.assert_close(layer(x), new(x) + x @ change.T, rtol=0, atol=1e-5)
 
 
-@EVERY
+@ROUTED_TOO
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_reference_path_and_fast_path_agree(adapter, architecture):
     """Hooks, shards and quantized weights take the reference path; the fast one computes the same."""

@@ -9,14 +9,50 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from loraplex.adapters.gates import GateRecord
 from loraplex.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Options of a method after the training rows have decided what was left to them."""
+
+    options: Any
+    """Of the same class, with nothing left to decide."""
+    summary: str
+    """What was decided and why, in a line for the user."""
+    evidence: Mapping[str, Any]
+    """The same as plain values, to be kept with the run."""
+
+
+@runtime_checkable
+class SettlesFromData(Protocol):
+    """Options of a method with a value that the training rows may decide, such as a number that may be 'auto'.
+
+    `build` never sees such a value: whoever has no rows to decide it by is told so by a `UserError` there.
+    """
+
+    def settle(self, texts: Callable[[], Sequence[str]], seed: int) -> Settled | None:
+        """Return the options with every open value decided, or None where none is open.
+
+        `texts` gives what is asked in every training row, in their order; it reads them when it is called. The same
+        texts and seed give the same options.
+        """
+
+
+@runtime_checkable
+class HasHeads(Protocol):
+    """Factors with several B over one A, to be looked at one by one."""
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (N, out, r) of the N heads, scale and gate included in B once, not in A."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +70,8 @@ class SiteInit:
     """Gives W0 as (out, in), dequantized; called only by methods that read it."""
     identity: bool = True
     """False asks for an initialization that changes the output visibly, for tests."""
+    heads: int = 1
+    """How many B the factors hold side by side; known to the combine, which is built after them."""
     meta: bool = False
     """True when the tensors are about to be overwritten by a checkpoint: expensive initializations are skipped."""
     shared: Callable[[str, Callable[[], nn.Module]], nn.Module] | None = None
@@ -55,6 +93,8 @@ class Factors(nn.Module, ABC):
     gate: Tensor
     repeats = 1
     """How many times `parts` goes through the ranks that the gate counts."""
+    heads = 1
+    """How many B stand side by side in `parts`, all of them over one A; a pair has one."""
 
     def __init__(self, site: SiteInit, scale: float) -> None:
         super().__init__()
@@ -66,7 +106,10 @@ class Factors(nn.Module, ABC):
 
     @abstractmethod
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r), differentiable, neither scaled nor gated."""
+        """Return A (r, in) and B (out, heads·r), differentiable, neither scaled nor gated.
+
+        With several heads column i·r + k of B is rank k of head i.
+        """
 
     def share(self, attribute: str, site: SiteInit, key: str, make: Callable[[], nn.Module]) -> None:
         """Let `attribute` be the module that all sites of this adapter with this `key` use.
@@ -100,7 +143,7 @@ class Factors(nn.Module, ABC):
         """
 
     def rank_scale(self, dtype: torch.dtype) -> Tensor:
-        """Return s·gate (r,): what every rank is multiplied with between A and B."""
+        """Return s·gate (heads·r,): what every column of B is multiplied with."""
         return self._of_gate(dtype).scale
 
     @property
@@ -114,25 +157,31 @@ class Factors(nn.Module, ABC):
             return _Scaled(gate, 0, self._every(gate).to(dtype) * self.scale, closed=False)
         kept = self._scaled
         if kept is None or kept.gate is not gate or kept.version != gate._version or kept.scale.dtype != dtype:
-            scale = self._every(gate).to(dtype) * self.scale
+            # kept for later calls, which may be of training after one of inference
+            with torch.inference_mode(False):
+                scale = self._every(gate).to(dtype) * self.scale
             kept = _Scaled(gate, gate._version, scale, closed=not bool(gate.any()))
             self._scaled = kept
         return kept
 
     def _every(self, gate: Tensor) -> Tensor:
-        """Return the gate of every rank of `parts`."""
-        return gate if self.repeats == 1 else gate.repeat(self.repeats)
+        """Return the gate of every column of B in `parts`."""
+        times = self.repeats * self.heads
+        return gate if times == 1 else gate.repeat(times)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r), differentiable, scale and gate included in B exactly once."""
+        """Return A (r, in) and B (out, heads·r), differentiable, scale and gate included in B exactly once."""
         a, b = self.parts()
         return a, b * self.rank_scale(b.dtype)
 
     def compact(self) -> tuple[Tensor, Tensor]:
-        """Return the pair without its closed ranks: A (r', in), B (out, r'), detached. BA is unchanged, exactly."""
+        """Return the pair without its closed ranks: A (r', in), B (out, heads·r'), detached.
+
+        BA, with several heads every B_i A, is unchanged, exactly.
+        """
         a, b = (tensor.detach() for tensor in self.pair())
-        open_ranks = self._every(self.gate).bool()
-        return a[open_ranks].clone(), b[:, open_ranks].clone()
+        every = self._every(self.gate).bool()
+        return a[every[: len(a)]].clone(), b[:, every].clone()
 
     @property
     def open_ranks(self) -> int:
@@ -152,6 +201,22 @@ class _Scaled:
 
 class Combine(nn.Module, ABC):
     """How the pair meets the frozen weight."""
+
+    gates: GateRecord | None = None
+    """What a combine that weighs several heads records of its gates; None where there is nothing to weigh."""
+
+    def drop(self, x: Tensor, dropout: nn.Module) -> Tensor:
+        """Return what `delta` and `output` get as `dropped`: x (..., in) after dropout, or x itself where it is off."""
+        dropped: Tensor = dropout(x)
+        return dropped
+
+    def collapsed(self, factors: Factors, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r), detached and scaled, of the pair that fixed `gates` (heads,) leave.
+
+        Raises:
+            UserError: when this combine has no gates.
+        """
+        raise UserError("this adapter has no gates over heads that could be fixed")
 
     @abstractmethod
     def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
@@ -193,11 +258,11 @@ class SiteAdapter(nn.Module):
 
     def delta(self, x: Tensor, y0: Tensor, base: BaseWeight) -> Tensor:
         """Return the adapter's contribution to y0 (..., out) for input x (..., in), in the adapter's dtype."""
-        return self.combine.delta(x, self.dropout(x), y0, base, self.factors)
+        return self.combine.delta(x, self.combine.drop(x, self.dropout), y0, base, self.factors)
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (..., out) of the frozen linear W0 (out, in), b (out,) with this adapter alone."""
-        return self.combine.output(x, self.dropout(x), weight, bias, self.factors)
+        return self.combine.output(x, self.combine.drop(x, self.dropout), weight, bias, self.factors)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return W' − W0 (out, in); see `Combine.delta_weight`."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
-from loraplex.adapters.registry import Deployed
+from loraplex.adapters.registry import Capability, Deployed
+from loraplex.analysis.routing import by_task, plain
 from loraplex.analysis.spectrum import singular_values, stable_rank
+from loraplex.data import DataOptions, read_examples, tokenize
 from loraplex.errors import UserError
 from loraplex.export.base_lines import is_embedded
 from loraplex.export.pairs import SitePair, plain_form, read_pairs, site_ranks, trained_parameters
 from loraplex.export.subject import Subject, trained_beside
 from loraplex.export.targets import refusals
 from loraplex.models.adapted import adapter_folder, base_name, load_adapted
-from loraplex.models.loading import EMBEDDED, load_config
+from loraplex.models.loading import EMBEDDED, load_config, load_tokenizer
+from loraplex.training.folder import RunFolder
 from loraplex.tuner.adapter_folder import check_weights, read_config
 from loraplex.tuner.model import LoraplexTuner
 
@@ -62,21 +68,27 @@ class Inspection:
     sites: list[SiteReport]
     exports: dict[str, str | None]
     """By target None, or why it is refused."""
+    routing: dict[str, Any] | None = None
+    """Of a routed adapter: gates by task and site, measured on rows that were given or kept by its run."""
 
 
-def inspect(adapter: str, model: str | None = None) -> Inspection:
+def inspect(adapter: str, model: str | None = None, data: DataOptions | None = None) -> Inspection:
     """Read an adapter folder, run folder or hub id.
 
     Folders in PEFT's own form are read without their base model; of other types the base is loaded to form the pairs.
+    The test rows of `data` are what the gates of a routed adapter are measured on.
 
     Raises:
-        UserError: when there is no such adapter, or it is damaged.
+        UserError: when there is no such adapter, or it is damaged; when `data` is given and nothing is routed.
     """
     folder = adapter_folder(adapter)
     config = read_config(folder)
     check_weights(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     tensors = load_file(file)
+    routing = _kept_routing(folder)
+    if data is not None and Capability.ROUTED not in config.typed_adapter.methods[0].provides:
+        raise UserError(f"'{adapter}' routes nothing, so there are no gates to measure: leave --data out")
     if not any(f".{LoraplexTuner.prefix}" in key for key in tensors):
         factors = config.typed_adapter.factors
         pairs = read_pairs(tensors, lambda site: float(factors.scale(config.alpha_of(site), config.rank_of(site))))
@@ -86,6 +98,8 @@ def inspect(adapter: str, model: str | None = None) -> Inspection:
         one_pair = config.typed_adapter.plain is not Deployed.OWN and site_ranks(loaded)
         pairs, parameters = plain_form(loaded).pairs if one_pair else {}, trained_parameters(loaded)
         saved_as = Deployed.OWN
+        if data is not None:
+            routing = _measured_routing(loaded, load_tokenizer(model or base_name(adapter)), data)
     subject = Subject(config, {site: pair.rank for site, pair in pairs.items()}, _base_config(adapter, model))
     return Inspection(
         folder=folder,
@@ -97,7 +111,27 @@ def inspect(adapter: str, model: str | None = None) -> Inspection:
         beside=trained_beside(config),
         sites=[_report(name, pair) for name, pair in pairs.items()],
         exports=refusals(subject),
+        routing=routing,
     )
+
+
+def _kept_routing(folder: Path) -> dict[str, Any] | None:
+    """Return what the run around an adapter folder has kept of its gates; a damaged file counts as absent."""
+    run = RunFolder(folder.parent)
+    if folder.name != run.adapter.name:
+        return None
+    try:
+        found = json.loads(run.routing.read_text(encoding="utf-8"))
+        return {"rows": found["rows"], "tasks": found["tasks"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _measured_routing(model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> dict[str, Any]:
+    examples = read_examples(data, "test")
+    ids = [row["input_ids"] for row in tokenize(examples, tokenizer).rows]
+    found = by_task(model, ids, [example.task for example in examples])
+    return {"rows": "given", "tasks": {task: plain(sites) for task, sites in found.items()}}
 
 
 def _report(name: str, pair: SitePair) -> SiteReport:

@@ -13,6 +13,7 @@ from loraplex.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rich.console import RenderableType
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -33,13 +34,16 @@ _FORMATS = ["auto", "completion", "messages", "alpaca", "choices", "template", "
 @click.option("--config", help="Hub data set: its configuration.")
 @click.option("--split", default="test", show_default=True, help="Hub data set: its split.")
 @click.option("--limit", type=click.IntRange(min=1), help="Rows of each source at most, a seeded sample.")
+@click.option("--per-task", type=click.IntRange(min=1), help="Rows of each task of a source at most, a seeded sample.")
+@click.option("--test-share", type=float, default=0.0, help="Only the items that data.test_share of a recipe held out.")
 @click.option("--seed", default=0, show_default=True, help="Decides the sample and the items of a built-in task.")
 @click.option(
     "--kind",
-    type=click.Choice(["auto", "choices", "generation", "labels"]),
+    type=click.Choice(["auto", "choices", "mixed", "generation", "labels"]),
     default="auto",
     show_default=True,
-    help="Compare options by likelihood, match a greedy answer exactly, or look for a label (LLM-Adapters).",
+    help="Compare options by likelihood (mixed: with the loss of the answer where a row has no options), match a "
+    "greedy answer exactly, or look for a label (LLM-Adapters).",
 )
 @click.option("--normalize", type=click.Choice(["sum", "characters"]), default="sum", show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest generated answer.")
@@ -77,7 +81,9 @@ def _score(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
     if kind == "labels" and form == "auto":
         form = "commonsense-labels"
     options = DataOptions(
-        test=arguments["sources"],
+        **{"train" if arguments["test_share"] else "test": arguments["sources"]},
+        test_share=arguments["test_share"],
+        max_test_per_task=arguments["per_task"],
         format=form,
         prompt=arguments["prompt"],
         completion=arguments["completion"],
@@ -161,8 +167,21 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         if way in summary:
             accuracy = summary[way]
             console.print(f"{title} log-likelihood: {accuracy['value']:.3f} ± {accuracy['standard_error']:.3f}")
+    if "answer_loss" in summary:
+        console.print(_loss_table(summary["answer_loss"]))
     if "unparsable" in summary:
         console.print(f"answers in which nothing was found: {summary['unparsable']:.3f}")
+
+
+def _loss_table(loss: Mapping[str, Any]) -> RenderableType:
+    """Return the loss of the answers of items without options, by task; it is no part of any accuracy."""
+    from rich.table import Table
+
+    table = Table("task", "items", "answer loss", "± standard error")
+    table.caption, table.caption_justify = "items without options: nats per token of the right answer", "left"
+    for task, values in loss["per_task"].items():
+        table.add_row(task or "-", str(values["items"]), *(f"{values[key]:.3f}" for key in ("value", "standard_error")))
+    return table
 
 
 def _adapter_in_words(arguments: Mapping[str, Any]) -> str | None:

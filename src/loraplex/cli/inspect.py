@@ -3,31 +3,63 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from loraplex.errors import UserError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
 
+    from loraplex.analysis.factor_map import Separation
     from loraplex.analysis.inspection import Inspection, SiteReport
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("--model", help="Base model instead of the one named in the adapter folder.")
 @click.option("--sites", "all_sites", is_flag=True, help="A line for every site instead of every kind of module.")
+@click.option("--tsne", type=click.Path(path_type=Path), metavar="FILE", help="Draw a map of A and B of all ADAPTERs.")
+@click.option("--module", "kinds", multiple=True, metavar="NAME", help="With --tsne: sites of this kind only (q_proj).")
+@click.option(
+    "--data", "sources", multiple=True, help="Routed adapters: measure their gates on these rows, task by task."
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Rows of each source at most."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the spectrum of every site.")
-def inspect(adapter: str, model: str | None, all_sites: bool, as_json: bool) -> None:
+def inspect(
+    adapters: tuple[str, ...],
+    model: str | None,
+    all_sites: bool,
+    tsne: Path | None,
+    kinds: tuple[str, ...],
+    sources: tuple[str, ...],
+    limit: int,
+    as_json: bool,
+) -> None:
     """Show sites, ranks, spectra and parameters of ADAPTER, and what it can be exported to.
 
-    ADAPTER is an adapter folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA).
+    Of a routed adapter also how its heads are used, on the rows of its run or on those given. ADAPTER is an adapter
+    folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA). With --tsne, several can be compared:
+    do their A coincide, and their B part, as HydraLoRA's paper finds?
     """
+    if tsne is not None:
+        if all_sites:
+            raise click.UsageError("--tsne compares adapters, --sites shows one: give one of them")
+        _compare(adapters, model, tsne, kinds, as_json)
+        return
+    if len(adapters) > 1 or kinds:
+        what = f"{len(adapters)} adapters are" if len(adapters) > 1 else "--module is"
+        raise click.UsageError(f"{what} for a map: add --tsne FILE, or give one adapter alone")
     from loraplex.analysis.inspection import inspect as run
+    from loraplex.data import DataOptions
 
-    found = run(adapter, model)
+    found = run(adapters[0], model, DataOptions(test=sources, max_test=limit) if sources else None)
     if as_json:
         click.echo(json.dumps(as_plain(found), indent=2))
         return
@@ -36,6 +68,46 @@ def inspect(adapter: str, model: str | None, all_sites: bool, as_json: bool) -> 
     console = Console(highlight=False)
     for part in render(found, all_sites):
         console.print(part)
+
+
+def _compare(adapters: Sequence[str], model: str | None, file: Path, kinds: Sequence[str], as_json: bool) -> None:
+    """Draw the map of A and B, and print how far they lie apart."""
+    from loraplex.analysis.factor_map import FORMS, check_lengths, draw_vectors, read_vectors, separations
+
+    if file.suffix not in FORMS:
+        raise UserError(f"--tsne '{file}': the picture is a file that ends in {', '.join(FORMS)}")
+    if not file.parent.is_dir():
+        raise UserError(f"--tsne '{file}': there is no folder '{file.parent}'; make it first")
+    vectors = read_vectors(adapters, model, kinds)
+    check_lengths(vectors)
+    found = separations(vectors)
+    where = f"A and B at {', '.join(dict.fromkeys(vector.kind for vector in vectors))}"
+    draw_vectors(file, vectors, where)
+    if as_json:
+        click.echo(json.dumps([vars(separation) for separation in found], indent=2))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(_separations(found))
+    click.echo(f"drawn: {file}")
+
+
+def _separations(found: Sequence[Separation]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="How far apart", title_justify="left")
+    table.add_column("")
+    for heading in ("tensors", "length", "cosine at the same site", "silhouette"):
+        table.add_column(heading, justify="right")
+    for part in found:
+        values = ("–" if value is None else f"{value:.3f}" for value in (part.similarity, part.silhouette))
+        table.add_row(part.part, str(part.vectors), f"{part.length:,}", *values)
+    table.caption_justify = "left"
+    table.caption = (
+        "cosine: 1 where adapters (or heads) have the same tensor, 0 where unrelated; silhouette: of the adapter, "
+        "above 0 where its tensors lie together"
+    )
+    return table
 
 
 def as_plain(found: Inspection) -> dict[str, Any]:
@@ -58,6 +130,8 @@ def render(found: Inspection, all_sites: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [escape(line) for line in lines]
     if found.sites:
         parts += ["", _table(found.sites, all_sites)]
+    if found.routing is not None:
+        parts += ["", _routing(found.routing, all_sites)]
     return [*parts, "", "Can be exported to", _exports(found)]
 
 
@@ -85,6 +159,33 @@ def _table(sites: Sequence[SiteReport], all_sites: bool) -> RenderableType:
         )
     if not all_sites:
         table.caption, table.caption_justify = "parameters: of the pairs as plain LoRA", "left"
+    return table
+
+
+def _routing(routing: Mapping[str, Any], all_sites: bool) -> RenderableType:
+    """Return the gates task by task: of every site, or their means over all of a kind.
+
+    Heads of different sites have nothing to do with each other, so those of a kind are sorted by their load before
+    they are averaged.
+    """
+    from rich.table import Table
+
+    table = Table(title=f"mean gates on the {routing['rows']} rows", title_justify="left")
+    for heading in ("task", "site" if all_sites else "module"):
+        table.add_column(heading, overflow="fold")
+    heading = "heads" if all_sites else "heads, the most used first"
+    for name in (heading, "entropy", "dead heads"):
+        table.add_column(name, justify="right")
+    for task, sites in routing["tasks"].items():
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for site, summary in sites.items():
+            groups.setdefault(site if all_sites else site.rpartition(".")[2], []).append(summary)
+        for name, group in groups.items():
+            loads = [s["load"] if all_sites else sorted(s["load"], reverse=True) for s in group]
+            means = [sum(column) / len(group) for column in zip(*loads, strict=True)]
+            entropy, dead = (sum(s[key] for s in group) / len(group) for key in ("entropy", "dead"))
+            table.add_row(task or "-", name, " ".join(f"{gate:.2f}" for gate in means), f"{entropy:.0%}", f"{dead:.0%}")
+    table.caption, table.caption_justify = "entropy: 100 % where every token weighs all heads alike", "left"
     return table
 
 

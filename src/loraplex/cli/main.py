@@ -31,6 +31,7 @@ COMMANDS = {
     "train": LazyCommand("loraplex.cli.train:train", "Train an adapter as a recipe says."),
     "eval": LazyCommand("loraplex.cli.evaluate:evaluate", "Measure an adapter's accuracy, with standard errors."),
     "plan": LazyCommand("loraplex.cli.plan:plan", "Show sites, ranks, parameters, memory and time before training."),
+    "heads": LazyCommand("loraplex.cli.heads:heads", "Suggest a number of heads from the groups in a data set."),
     "compare": LazyCommand("loraplex.cli.compare:compare", "Compare methods under one budget, with evidence."),
     "report": LazyCommand("loraplex.cli.report:report", "Write the report of finished comparisons again."),
     "export": LazyCommand("loraplex.cli.export:export", "Write an adapter for PEFT, vLLM, transformers or llama.cpp."),

@@ -83,4 +83,6 @@ def _items(folder: RunFolder) -> list[Item]:
     if not path.is_file():
         return []
     records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [Item(record["source"], record.get("task", ""), bool(record["correct"])) for record in records]
+    # an item that has a loss alone is neither right nor wrong
+    answered = (record for record in records if "correct" in record)
+    return [Item(record["source"], record.get("task", ""), bool(record["correct"])) for record in answered]

@@ -19,7 +19,7 @@ from loraplex.comparison.sentences import size_sentence
 from loraplex.comparison.statistics import expected_detectable
 from loraplex.comparison.sweep import default_jobs, run_jobs
 from loraplex.errors import UserError
-from loraplex.training.preparation import adapter_config
+from loraplex.training.preparation import adapter_config, settle
 from loraplex.training.recipe import Recipe, TrainingOptions
 from loraplex.tuner.config import AdapterConfig
 
@@ -89,8 +89,8 @@ def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, pr
 def _compare(sweep: _Sweep) -> Comparison:
     from loraplex.comparison.page import write_report
 
-    recipe = sweep.recipe
     items = _check_rows(sweep)
+    recipe = sweep.recipe = _settled(sweep)
     _solve(sweep)
     contrasts = len(recipe.arms) - 1
     if contrasts and items:
@@ -127,12 +127,23 @@ def _compare(sweep: _Sweep) -> Comparison:
 def _check_rows(sweep: _Sweep) -> int:
     """Read all data once, before anything else, and return the number of test items."""
     from loraplex.models.loading import load_tokenizer
+    from loraplex.training.measuring import items_of_accuracy
     from loraplex.training.preparation import read_rows
 
     first = sweep.recipe.arms[sweep.recipe.reference]
     rows = read_rows(first, load_tokenizer(first.model.name))
     sweep.say("rows", f"{len(rows.train.rows):,} to train on, {len(rows.test):,} to test on")
-    return len(rows.test)
+    return items_of_accuracy(rows.test, first.evaluation)
+
+
+def _settled(sweep: _Sweep) -> ComparisonRecipe:
+    """Return the recipe with those options decided that its arms leave to the training rows."""
+    arms = {}
+    for name, arm in sweep.recipe.arms.items():
+        arms[name], settled = settle(arm)
+        for choice in settled:
+            sweep.say("settled", f"{name}: {choice.summary}")
+    return replace(sweep.recipe, arms=arms)
 
 
 def _solve(sweep: _Sweep) -> None:
@@ -285,6 +296,8 @@ def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict
 def _sources(recipe: Recipe) -> str:
     """Return where the rows come from, in a line."""
     trained = " and ".join(recipe.data.sources("train"))
+    if recipe.data.test_share:
+        return f"{trained}, tested on {recipe.data.test_share:.0%} of the items"
     return trained if recipe.data.test is None else f"{trained}, tested on {' and '.join(recipe.data.sources('test'))}"
 
 

@@ -35,6 +35,17 @@ class Example:
     task: str = ""
     # "file:line", for messages.
     source: str = ""
+    # What is asked, without the words that a form puts around it; empty where the row says it nowhere else.
+    instruction: str = ""
+
+    @property
+    def asked(self) -> str:
+        """Return the instruction, else the prompt; of a chat the user's turns."""
+        if self.instruction:
+            return self.instruction
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n\n".join(turn.content for turn in self.prompt if turn.role == "user")
 
 
 @dataclass(frozen=True)

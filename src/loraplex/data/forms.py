@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Mapping, Sequence
 
-from loraplex.data.commonsense import is_commonsense, read_as_labels, read_as_options
+from loraplex.data.commonsense import LABELS, is_commonsense, read_as_labels, read_as_options
 from loraplex.data.examples import Example, Message, Row
 from loraplex.data.options import DataOptions, Split
 from loraplex.errors import UserError
@@ -34,7 +34,33 @@ def recognize(row: Row, options: DataOptions) -> str:
         if needed <= row.fields.keys():
             return "commonsense" if name == "alpaca" and is_commonsense(row) else name
     wanted = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in _SIGNATURES.items())
-    raise row.error(f"the fields {row.names()} fit no known form ({wanted}); rename them or set data.prompt")
+    raise row.error(
+        f"the fields {row.names()} fit no known form ({wanted}); rename them or set data.prompt (--prompt '{{field}}')"
+    )
+
+
+def reader_for(first: Row, options: DataOptions, split: Split) -> Callable[[Row], Example]:
+    """Return the function that makes examples of the rows of a source that begins with `first`.
+
+    Rows of instructions are looked at one by one when the form is to be recognized: in a set mixed from several tasks
+    some have the commonsense wording.
+
+    Raises:
+        UserError: the fields of `first` fit no form.
+    """
+    if options.format != "auto":
+        return reader(options.format, options, split)
+    form = recognize(first, options)
+    if form not in ("alpaca", "commonsense"):
+        return reader(form, options, split)
+    strict = form == "commonsense"
+
+    def read(row: Row) -> Example:
+        # a set in the commonsense wording has it throughout its tasks: a row without it is a mistake
+        wording = is_commonsense(row) or (strict and row.fields.get("task") in LABELS)
+        return read_as_options(row) if wording else _alpaca(row, options.chat)
+
+    return read
 
 
 def reader(form: str, options: DataOptions, split: Split) -> Callable[[Row], Example]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from loraplex.errors import UserError, nearest
@@ -45,6 +47,14 @@ class DataOptions:
     max_train: int | None = None
     # The same for each source of evaluation rows.
     max_test: int | None = None
+    # A seeded sample of at most this many evaluation rows of each task of a source.
+    max_test_per_task: int | None = None
+    # Splits the sources in `train` by item: this share of the items, by a hash of their prompts, is for evaluation.
+    test_share: float = 0.0
+    # Task -> weight of its share of the training rows, 1 where none is given; their number stays as it is.
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    # Evens out the shares of large and small tasks: a task counts as (its rows)^(1 / temperature).
+    task_temperature: float = 1.0
     # Leaves out training rows whose prompt has fewer words, those of a template included.
     min_words: int = 0
     # Decides which rows are sampled and which items a built-in task makes; not the seed of training.
@@ -60,11 +70,23 @@ class DataOptions:
         if self.format not in known:
             hint = nearest(self.format, known) or f" Known are {', '.join(known)}."
             raise UserError(f"data.format '{self.format}' is unknown.{hint}")
-        for name in ("max_train", "max_test"):
+        for name in ("max_train", "max_test", "max_test_per_task"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise UserError(f"data.{name} is {limit}; it has to be at least 1, or absent for all rows")
         self._check_template()
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        if not 0 <= self.test_share < 1:
+            raise UserError(f"data.test_share is {self.test_share}; it has to be from 0 to below 1")
+        if self.test_share and self.test is not None:
+            raise UserError("data.test_share takes the rows for evaluation out of data.train, but data.test names some")
+        if not 0 < self.task_temperature < math.inf:
+            raise UserError(f"data.task_temperature is {self.task_temperature}; it has to be a number above 0")
+        for task, weight in self.task_weights.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"data.task_weights.{task} is {weight}; it has to be a number of at least 0")
 
     def _check_template(self) -> None:
         is_template = self.prompt is not None
@@ -85,10 +107,20 @@ class DataOptions:
         Raises:
             UserError: none is set.
         """
-        chosen = self.train if split == "train" else self.test
+        chosen = self.train if split == "train" or self.test_share else self.test
         if not chosen:
             raise UserError(f"data.{split} is not set; give a file, a hub id, builtin:NAME or benchmark:FOLDER/FILE")
         return (chosen,) if isinstance(chosen, str) else tuple(chosen)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are rows for evaluation."""
+        return self.test is not None or self.test_share > 0
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether tasks get other shares of the training rows than their own."""
+        return bool(self.task_weights) or self.task_temperature != 1
 
     def limit(self, split: Split) -> int | None:
         """Return how many rows of each source of `split` are wanted, or None for all."""

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraplex.evaluation.answer_loss import LossScores as LossScores
+    from loraplex.evaluation.answer_loss import score_answer_loss as score_answer_loss
     from loraplex.evaluation.generation import LLM_ADAPTERS as LLM_ADAPTERS
     from loraplex.evaluation.generation import Decoding as Decoding
     from loraplex.evaluation.generation import GenerationScores as GenerationScores
@@ -26,8 +28,10 @@ _HOMES = {
     "Decoding": "generation",
     "GenerationScores": "generation",
     "LLM_ADAPTERS": "generation",
+    "LossScores": "answer_loss",
     "OptionScores": "options",
     "majority_share": "results",
+    "score_answer_loss": "answer_loss",
     "score_generation": "generation",
     "score_options": "options",
     "write_records": "results",
@@ -39,8 +43,10 @@ __all__ = [
     "Accuracy",
     "Decoding",
     "GenerationScores",
+    "LossScores",
     "OptionScores",
     "majority_share",
+    "score_answer_loss",
     "score_generation",
     "score_options",
     "write_records",

@@ -34,6 +34,8 @@ class CardFacts:
     notes: Sequence[str]
     """What the target said about what it wrote."""
     agreements: Sequence[Agreement]
+    given_up: Sequence[str] = ()
+    """What was approximated before, in sentences; the agreements are with what that left."""
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -46,7 +48,8 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         _loading(folder, facts),
         _facts(facts),
         _measured(facts.history.metrics),
-        _verified(facts.agreements),
+        _given_up(facts.given_up),
+        _verified(facts.agreements, "what that left" if facts.given_up else "the adapter as it was trained"),
     ]
     (folder / FILE).write_text("\n".join(section for section in sections if section), encoding="utf-8")
 
@@ -124,14 +127,21 @@ def _measured(metrics: dict[str, Any]) -> str:
     return "## Measured in its run\n\n| | accuracy ± standard error | items |\n|---|---|---|\n" + "".join(rows)
 
 
-def _verified(agreements: Sequence[Agreement]) -> str:
+def _given_up(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    lines = "".join(f"* {sentence}\n" for sentence in sentences)
+    return f"## An approximation\n\nThis is not the adapter as it was trained:\n\n{lines}"
+
+
+def _verified(agreements: Sequence[Agreement], reference: str) -> str:
     rows = "".join(
         f"| {found.reader} | {found.max_difference:.2g} | {found.mean_difference:.2g} | {found.largest_logit:.3g} "
         f"| {found.kl:.2g} | {found.same_top1:.2%} | {found.tokens:,} |\n"
         for found in agreements
     )
     return (
-        "## Verified\n\nReloaded and compared with the adapter as it was trained, both in float32:\n\n"
+        f"## Verified\n\nReloaded and compared with {reference}, both in float32:\n\n"
         "| reloaded by | largest difference of a logit | mean | largest logit | KL (nats) | same top token | positions "
         f"|\n|---|---|---|---|---|---|---|\n{rows}"
     )

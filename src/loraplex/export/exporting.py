@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,20 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from loraplex.data import DataOptions
+from loraplex.data import DataOptions, Example, read_examples
 from loraplex.errors import UserError
 from loraplex.export.card import CardFacts, is_export, write_card
 from loraplex.export.history import read_history
 from loraplex.export.pairs import site_ranks, trained_parameters
+from loraplex.export.static_gates import (
+    Approximation,
+    StaticGates,
+    fix_gates,
+    of_task,
+    refuse_static,
+    static_config,
+    tasks_of,
+)
 from loraplex.export.subject import Subject
 from loraplex.export.target import Target, Writing
 from loraplex.export.targets import TARGETS
@@ -46,6 +56,8 @@ class Order:
     """Largest difference of a logit as a share of the largest logit; by data type when absent."""
     data: DataOptions | None = None
     """Rows to compare on instead of the built-in texts."""
+    static: StaticGates | None = None
+    """Fix the gates of a routed adapter, which has no exact form elsewhere, at their means over these rows."""
     dequantize: bool = False
     """For `merged`: merge into the dequantized weights of a quantized base."""
     overwrite: bool = False
@@ -58,6 +70,8 @@ class Exported:
     folder: Path
     notes: list[str]
     agreements: list[Agreement]
+    approximation: Approximation | None = None
+    """What was given up before the exact export, where it was asked for."""
 
 
 def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: None) -> Exported:
@@ -74,7 +88,10 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
     subject = Subject(read_config(folder), {}, load_config(base), order.dequantize)
     # before anything slow, and again when the sites are known
     _refuse(target, subject, order)
-    rows = read_prompts(load_tokenizer(base), order.data)
+    tokenizer = load_tokenizer(base)
+    held_out = _held_out(order)
+    rows = read_prompts(tokenizer, held_out)
+    calibration = order.static.examples() if order.static else []
     dtype = _dtype(target, order, subject.base)
     model = _load(base, folder, order.dequantize)
     subject = replace(subject, ranks=site_ranks(model))
@@ -83,8 +100,12 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
         raise UserError(
             f"the adapter in '{folder}' has no open rank: it changes nothing, so there is nothing to export"
         )
-    before = model_logits(model, rows)
     trained = trained_parameters(model)
+    approximation = fix_gates(model, tokenizer, calibration, rows, held_out or ()) if order.static else None
+    given_up = approximation.sentences() if approximation else []
+    for sentence in given_up:
+        say("fixed", sentence)
+    before = model_logits(model, rows)
     tolerance = TOLERANCE[dtype] if order.tolerance is None else order.tolerance
     agreements: list[Agreement] = []
     notes: list[str] = []
@@ -101,10 +122,49 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
             agreements.append(compare(reader, before, after, tolerance))
             say("verified", str(agreements[-1]))
         check(agreements)
-        write_card(temporary, CardFacts(target, subject, base, read_history(folder), trained, notes, agreements))
+        history = read_history(folder)
+        write_card(temporary, CardFacts(target, subject, base, history, trained, notes, agreements, given_up))
 
     fill_atomically(order.output, fill)
-    return Exported(order.output, notes, agreements)
+    return Exported(order.output, notes, agreements, approximation)
+
+
+def export_per_task(order: Order, say: Callable[[str, str], None] = lambda topic, text: None) -> dict[str, Exported]:
+    """Export once per task of the calibration rows, each into a folder of its name in `order.output`.
+
+    Rows to compare on are those of the same task, where they have one.
+
+    Raises:
+        UserError: as `export` does, and when a calibration row has no task.
+    """
+    assert order.static is not None
+    folders = {task: re.sub(r"[^\w.-]+", "-", task).strip(".") for task in tasks_of(order.static)}
+    if "" in folders.values() or len(set(folders.values())) < len(folders):
+        raise UserError(f"the tasks {', '.join(map(repr, folders))} do not give different folders: rename them")
+    for name in folders.values():
+        check_output(order.output / name, order.overwrite)
+    done = {}
+    for task, name in folders.items():
+        say("task", task)
+        one = replace(order, output=order.output / name, static=replace(order.static, task=task))
+        done[task] = export(one, say)
+    return done
+
+
+def _held_out(order: Order) -> list[Example] | None:
+    """Return the rows to compare on, None for the built-in texts.
+
+    Raises:
+        UserError: when gates would be fixed on rows that they are then compared on.
+    """
+    if order.data is None:
+        return None
+    if order.static is None:
+        return read_examples(order.data, "test")
+    both = set(order.data.sources("test")) & set(order.static.data.sources("test"))
+    if both:
+        raise UserError(f"--data and --static-gates both name '{min(both)}': compare on rows not calibrated on")
+    return of_task(read_examples(order.data, "test"), order.static.task, "held-out")
 
 
 def default_output(adapter: str, to: str) -> Path:
@@ -133,7 +193,11 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _refuse(target: Target, subject: Subject, order: Order) -> None:
-    reason = target.refuse(subject)
+    reason = None
+    if order.static is not None:
+        reason = refuse_static(subject)
+        subject = replace(subject, config=subject.config if reason else static_config(subject.config))
+    reason = reason or target.refuse(subject)
     if reason is not None:
         raise UserError(f"no export of '{order.adapter}' to {target.name}: {reason}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex.adapters.registry import Adapter, Deployed
+from loraplex.adapters.registry import Adapter, Capability, Deployed
 from loraplex.tuner.config import AdapterConfig
 
 
@@ -48,8 +48,18 @@ def not_one_pair(subject: Subject) -> str | None:
     """Return why the adapter is not one pair (with or without a magnitude) per site, or None when it is."""
     if subject.adapter.plain is not Deployed.OWN:
         return None
-    other = "'--to merged' writes the whole model" if subject.adapter.mergeable else "serve it with loraplex itself"
+    other = "'--to merged' writes the whole model" if subject.adapter.mergeable else without_weights(subject)
     return f"the weight change of '{subject.name}' is not one fixed pair of matrices per site; {other}"
+
+
+def without_weights(subject: Subject) -> str:
+    """Return what can be done with an adapter whose change no weight holds."""
+    if Capability.ROUTED not in subject.adapter.methods[0].provides:
+        return "serve it with loraplex itself"
+    return (
+        "serve it with loraplex itself, or let '--static-gates ROWS' fix its gates at their means over those rows, "
+        "an approximation whose error is measured"
+    )
 
 
 def not_plain_lora(subject: Subject, reader: str) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.data import DataOptions, Example, read_examples
+from loraplex.data import Example
 from loraplex.data.tokenization import prompt_ids, tokenize
 from loraplex.errors import UserError
 from loraplex.models.agreement import Agreement, model_logits
@@ -32,16 +32,12 @@ PROMPTS = (
 )
 
 
-def read_prompts(tokenizer: PreTrainedTokenizerBase, data: DataOptions | None = None) -> list[list[int]]:
-    """Return the token ids to compare on: the built-in texts, or the rows of `data.test` with their completions.
-
-    Raises:
-        UserError: when the data cannot be read.
-    """
-    if data is None:
+def read_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] | None = None) -> list[list[int]]:
+    """Return the token ids to compare on: the built-in texts, or the examples with their completions."""
+    if examples is None:
         rows = prompt_ids([Example(text, "") for text in PROMPTS], tokenizer)
     else:
-        rows = [row["input_ids"] for row in tokenize(read_examples(data, "test"), tokenizer).rows]
+        rows = [row["input_ids"] for row in tokenize(examples, tokenizer).rows]
     return [row[:LONGEST] for row in rows]
 
 

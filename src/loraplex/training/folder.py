@@ -30,11 +30,14 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
         self.recipe = self.path / "recipe.yaml"
+        self.settled = self.path / "settled.json"
         self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.json"
         self.environment = self.path / "environment.json"
         self.plot = self.path / "loss.png"
         self.ranks_plot = self.path / "ranks.png"
+        self.routing = self.path / "routing.json"
+        self.routing_plot = self.path / "routing.png"
 
     @property
     def contents(self) -> tuple[Path, ...]:
@@ -44,11 +47,14 @@ class RunFolder:
             self.checkpoints,
             self.evaluation,
             self.recipe,
+            self.settled,
             self.plan,
             self.metrics,
             self.environment,
             self.plot,
             self.ranks_plot,
+            self.routing,
+            self.routing_plot,
         )
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

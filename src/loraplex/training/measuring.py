@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.data import Example
+from loraplex.errors import UserError
 from loraplex.evaluation import (
     LLM_ADAPTERS,
     Accuracies,
     Decoding,
     majority_share,
+    score_answer_loss,
     score_generation,
     score_options,
     write_records,
@@ -37,9 +39,30 @@ class Measured:
 
     def __str__(self) -> str:
         text = "accuracy {value:.3f} ± {standard_error:.3f} on {items} items".format(**self.summary)
+        if per_task := self.summary["per_task"]:
+            text += ", mean of {} tasks {value:.3f} ± {standard_error:.3f}".format(
+                len(per_task), **self.summary["macro"]
+            )
+        if loss := self.summary.get("answer_loss"):
+            text += ", answer loss {value:.3f} ± {standard_error:.3f} on {items} items without options".format(**loss)
         if self.summary.get("unparsable"):
             text += f", {self.summary['unparsable']:.1%} of the answers unreadable"
         return text
+
+
+def kind_of(examples: Sequence[Example], options: EvaluationOptions) -> str:
+    """Return how the examples are scored: as the options say, or for "auto" as the rows allow."""
+    if options.kind != "auto":
+        return options.kind
+    with_choices = sum(bool(example.choices) for example in examples)
+    return "generation" if not with_choices else "choices" if with_choices == len(examples) else "mixed"
+
+
+def items_of_accuracy(examples: Sequence[Example], options: EvaluationOptions) -> int:
+    """Return how many of the examples count in the accuracy: those without options do not when others have them."""
+    if kind_of(examples, options) != "mixed":
+        return len(examples)
+    return sum(bool(example.choices) for example in examples)
 
 
 def measure(
@@ -51,12 +74,15 @@ def measure(
 ) -> Measured:
     """Return the accuracy of `model` on `examples`; rows with choices are scored by them unless `kind` says otherwise.
 
+    Where some rows have choices and some do not, the others get the loss of their answer: it is reported beside the
+    accuracy and is no part of it.
+
     Raises:
         UserError: when the rows do not allow the kind of scoring asked for.
     """
-    kind = options.kind
-    if kind == "auto":
-        kind = "choices" if all(example.choices for example in examples) else "generation"
+    kind = kind_of(examples, options)
+    if kind == "mixed":
+        return _measure_mixed(model, tokenizer, examples, options, progress)
     size = options.items_at_once
     extra: dict[str, Any]
     if kind == "choices":
@@ -75,6 +101,28 @@ def measure(
         )
         accuracies, records, extra = answers.accuracies(), answers.records(), {"unparsable": answers.unparsable}
     return Measured(_summary(kind, accuracies, examples, extra), records)
+
+
+def _measure_mixed(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    options: EvaluationOptions,
+    progress: bool,
+) -> Measured:
+    with_choices = [example for example in examples if example.choices]
+    others = [example for example in examples if not example.choices]
+    if not with_choices:
+        raise UserError(
+            f"evaluation.kind is 'mixed', but none of the {len(examples)} rows has options: set it to generation"
+        )
+    found = measure(model, tokenizer, with_choices, replace(options, kind="choices"), progress)
+    if not others:
+        return found
+    scores = score_answer_loss(model, tokenizer, others, batch_size=options.items_at_once, progress=progress)
+    per_task = {task: asdict(loss) for task, loss in scores.per_task.items()}
+    loss = {**asdict(scores.overall), "per_task": per_task}
+    return Measured({**found.summary, "kind": "mixed", "answer_loss": loss}, found.records + scores.records())
 
 
 def _summary(kind: str, accuracies: Accuracies, examples: Sequence[Example], extra: dict[str, Any]) -> dict[str, Any]:

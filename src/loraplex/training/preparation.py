@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from loraplex.adapters.contracts import Settled, SettlesFromData
+from loraplex.adapters.registry import Adapter
 from loraplex.data import Example, Tokenized, read_examples, tokenize_once
 from loraplex.errors import UserError
 from loraplex.training.arguments import trainer_arguments
@@ -61,6 +64,33 @@ def resolve(recipe: Recipe) -> Recipe:
     return replace(recipe, adapter=written)
 
 
+def settle(recipe: Recipe) -> tuple[Recipe, list[Settled]]:
+    """Return the recipe with the adapter options decided that are left to the training rows, and how that went.
+
+    The rows are read only where an option is open; those held out for validation have no part in it.
+
+    Raises:
+        UserError: for data that are missing, broken, or too few to decide by.
+    """
+    config = adapter_config(recipe)
+    if not isinstance(config, AdapterConfig):
+        return recipe, []
+    adapter, decided = config.typed_adapter, []
+    parts = {"factors": adapter.factors, "combine": adapter.combine}
+
+    @functools.cache
+    def texts() -> list[str]:
+        return [example.asked for example in training_examples(recipe)[0]]
+
+    for name, options in parts.items():
+        if isinstance(options, SettlesFromData) and (found := options.settle(texts, recipe.data.seed)) is not None:
+            parts[name] = found.options
+            decided.append(found)
+    if not decided:
+        return recipe, []
+    return replace(recipe, adapter={**recipe.adapter, "adapter": Adapter(**parts).describe()}), decided
+
+
 def _adapter_section(recipe: Recipe) -> dict[str, Any]:
     given = {name: value for name, value in recipe.adapter.items() if value is not None}
     return {"target_modules": "all-linear", "seed": recipe.seed, **given}
@@ -73,6 +103,23 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         UserError: for data that is missing, broken, empty or cut away entirely.
     """
     options = recipe.training
+    examples, held_out = training_examples(recipe)
+    if recipe.evaluation.rows == "validation" and not held_out:
+        raise UserError("evaluation.rows is 'validation', but no row is held out: set training.validation_rows above 0")
+    return Rows(
+        train=tokenize_once(examples, tokenizer, options.max_length, options.loss_on),
+        validation=tokenize_once(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
+        test=_rows_to_measure(recipe, held_out),
+    )
+
+
+def training_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Return the rows to train on and those held out for validation.
+
+    Raises:
+        UserError: for data that are missing, broken or empty, or when none would be left to train on.
+    """
+    options = recipe.training
     examples = read_examples(recipe.data, "train")
     held_out: list[Example] = []
     if options.validation_rows:
@@ -83,14 +130,10 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
             )
         chosen = set(random.Random(recipe.data.seed).sample(range(len(examples)), options.validation_rows))
         held_out = [example for index, example in enumerate(examples) if index in chosen]
-        examples = [example for index, example in enumerate(examples) if index not in chosen]
-    if recipe.evaluation.rows == "validation" and not held_out:
-        raise UserError("evaluation.rows is 'validation', but no row is held out: set training.validation_rows above 0")
-    return Rows(
-        train=tokenize_once(examples, tokenizer, options.max_length, options.loss_on),
-        validation=tokenize_once(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
-        test=_rows_to_measure(recipe, held_out),
-    )
+        # Weights may have taken a row more than once.
+        sources = {example.source for example in held_out}
+        examples = [example for example in examples if example.source not in sources]
+    return examples, held_out
 
 
 def _rows_to_measure(recipe: Recipe, held_out: list[Example]) -> list[Example]:
@@ -98,7 +141,7 @@ def _rows_to_measure(recipe: Recipe, held_out: list[Example]) -> list[Example]:
         return []
     if recipe.evaluation.rows == "validation":
         return held_out
-    return read_examples(recipe.data, "test") if recipe.data.test is not None else []
+    return read_examples(recipe.data, "test") if recipe.data.has_test else []
 
 
 def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:

@@ -89,8 +89,9 @@ class TrainingOptions:
 class EvaluationOptions:
     """What is measured on the test rows, before and after training."""
 
-    kind: Literal["auto", "choices", "generation", "labels", "none"] = "auto"
-    """Option log-likelihood, exact match of a greedy answer, or its first label (LLM-Adapters); "auto": by the rows."""
+    kind: Literal["auto", "choices", "mixed", "generation", "labels", "none"] = "auto"
+    """Option log-likelihood, the same with the loss of the answer for rows without options ("mixed"), exact match of a
+    greedy answer, or its first label (LLM-Adapters); "auto": by the rows."""
     normalize: Literal["sum", "characters"] = "sum"
     """Which option log-likelihood decides: summed, or divided by the option's characters."""
     rows: Literal["test", "validation"] = "test"

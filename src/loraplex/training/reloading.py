@@ -50,7 +50,8 @@ class Reload:
         parts = []
         if self.difference is not None:
             equal = "equal to the bit" if self.difference == 0 else f"equal up to {self.difference:.2g}"
-            parts.append(f"{equal} in loraplex")
+            alone = ", which alone can compute it" if self.difference_peft is None else ""
+            parts.append(f"{equal} in loraplex{alone}")
         if self.site_difference_peft is not None:
             parts.append(f"every site within {self.site_difference_peft:.1g} in stock PEFT")
         if self.difference_peft is not None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+    from loraplex.adapters.contracts import Settled
     from loraplex.allocation.plan import Plan
+    from loraplex.analysis.routing import RoutingWatch
     from loraplex.training.measuring import Measured
     from loraplex.training.preparation import Rows
     from loraplex.training.trainer import RunTrainer
@@ -84,9 +86,8 @@ def train(
     from loraplex.training.flops import flops_per_token
     from loraplex.training.memory import start_peak
 
-    recipe = preparation.resolve(recipe)
+    recipe, settled = _settle(preparation.resolve(recipe), resume, overwrite, say)
     run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
-    run.folder.check(recipe, resume=resume, overwrite=overwrite)
     # Names and values first: they cost nothing, the model does.
     trainer_arguments(recipe, run.folder.checkpoints)
     with run.timed("data"):
@@ -100,6 +101,8 @@ def train(
     model = preparation.add_adapter(recipe, base)
     trainer = preparation.build_trainer(recipe, model, tokenizer, rows, run.folder.checkpoints)
     run.folder.open(recipe, resume=resume)
+    if settled:
+        write_json(run.folder.settled, [choice.evidence for choice in settled])
     parameters = _parameters(model)
     say("adapter", "{sites} sites, {trainable:,} trainable parameters, {share:.2%} of the model".format(**parameters))
     before = _measure_before(run, model, tokenizer, rows)
@@ -111,6 +114,7 @@ def train(
     if trained["allocation"]:
         _draw_ranks(run, _plan(model), trained["allocation"])
     after = _measure(run, "after", reloaded, tokenizer, rows)
+    routing = _write_routing(run, reloaded, tokenizer, rows, trainer)
     metrics = {
         **trained,
         "accuracy": {"before": before.summary if before else None, "after": after.summary if after else None},
@@ -118,12 +122,31 @@ def train(
         "rows": _row_counts(rows),
         "memory": memory,
         "flops_per_token": operations,
+        **({"routing": routing} if routing else {}),
         "seconds": run.seconds,
         "reload": reload,
         "base_model": identity,
     }
     _write_reports(run, metrics)
     return RunResult(run.folder.path, run.folder.adapter, metrics)
+
+
+def _settle(
+    recipe: Recipe, resume: bool, overwrite: bool, say: Callable[[str, str], None]
+) -> tuple[Recipe, list[Settled]]:
+    """Check the folder, and return the recipe with what is left to the training rows decided, and how that went."""
+    from loraplex.training import preparation
+
+    folder = RunFolder(recipe.output)
+    if not resume:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    recipe, settled = preparation.settle(recipe)
+    for choice in settled:
+        say("settled", choice.summary)
+    # What is resumed has the recipe that the rows have settled.
+    if resume:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    return recipe, settled
 
 
 def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
@@ -146,6 +169,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
     for callback in (interruption, clock, *([ProgressBar()] if run.progress else []), *run.callbacks):
         trainer.add_callback(callback)
     set_seed(run.recipe.seed)
+    watch = _watch_routing(trainer)
     try:
         with energy_estimated() as energy, run.timed("training"), interruption:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -153,6 +177,7 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
         kept = run.folder.last_checkpoint()
         where = f"the last good checkpoint is '{kept}'" if kept else "no checkpoint was due before"
         raise DivergedError(f"{error}; {where}; lower training.learning_rate or look at the data") from error
+    watch.stop()
     state = trainer.state
     if interruption.asked and state.global_step < state.max_steps:
         raise TrainingInterrupted(
@@ -225,6 +250,29 @@ def _measure(run: _Run, when: str, model: PeftModel, tokenizer: PreTrainedTokeni
     measured.write(run.folder.evaluation / f"{when}.jsonl")
     run.say(when, str(measured))
     return measured
+
+
+def _watch_routing(trainer: RunTrainer) -> RoutingWatch:
+    """Let the trainer log the gates of a routed adapter; one that routes nothing has nothing to watch."""
+    from loraplex.analysis.routing import RoutingWatch
+
+    watch = RoutingWatch(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.routing = watch if watch.records else None
+    return watch
+
+
+def _write_routing(
+    run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, trainer: RunTrainer
+) -> dict[str, float] | None:
+    """Write how the finished adapter routes its rows and return the overview; None where it routes nothing."""
+    from loraplex.training.routing import routed_rows, write_routing
+
+    if trainer.routing is None:
+        return None
+    title = f"{run.recipe.adapter_name} on {run.recipe.model.name}"
+    with run.timed("routing"):
+        chosen = routed_rows(rows, tokenizer, run.recipe.training.max_length)
+        return write_routing(run.folder, model, chosen, trainer.state.log_history, title)
 
 
 def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
+from loraplex.analysis.routing import RoutingWatch
 from loraplex.errors import UserError
 from loraplex.training.folder import seal
 
@@ -32,12 +33,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class RunTrainer(SFTTrainer):
-    """SFTTrainer that looks at every loss and counts the tokens that are not padding."""
+    """SFTTrainer that looks at every loss, counts the tokens that are not padding, and logs the gates of a router."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.tokens = 0
+        self.routing: RoutingWatch | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward on one batch and return its loss.
@@ -51,6 +53,20 @@ class RunTrainer(SFTTrainer):
         if not math.isfinite(value := loss.item()):
             raise DivergedError(f"the loss is {value} at step {self.state.global_step + 1}")
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, beside a training loss, how the router shares the tokens out; sites one by one go into the history."""
+        overview: dict[str, float] = {}
+        sites = None
+        if self.routing is not None and "loss" in logs:
+            overview, sites = self.routing.look(self.state.global_step, self.state.max_steps)
+        elif self.routing is not None:
+            self.routing.forget()
+        super().log({**logs, **overview}, start_time)
+        if sites is not None:
+            # not among what is logged: trackers take numbers only
+            history: list[dict[str, Any]] = self.state.log_history
+            history[-1]["routing"] = sites
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a run folder says what it is in its own files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -207,7 +208,10 @@ class LoraplexTuner(BaseTuner):
         for name in self.active_adapters if adapter_names is None else adapter_names:
             config = self.peft_config.get(name)
             if isinstance(config, AdapterConfig) and not config.typed_adapter.mergeable:
-                raise UserError(f"adapter '{name}' ({config.adapter}) cannot be merged into the base weights; none was")
+                raise UserError(
+                    f"adapter '{name}' ({config.adapter}) cannot be merged into the base weights: "
+                    "its weight change is not the same for every token; none was"
+                )
         for layer in self.site_layers():
             if not layer.frozen.parameter().is_floating_point():
                 raise UserError(f"{layer.site} is quantized: load the base model in full precision to merge into it")
@@ -309,7 +313,8 @@ def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig, shared: An
         meta=_makes_meta_parameters(),
         shared=shared,
     )
-    return SiteAdapter(options.factors.build(init), options.combine.build(init), config.lora_dropout)
+    factors = options.factors.build(init)
+    return SiteAdapter(factors, options.combine.build(replace(init, heads=factors.heads)), config.lora_dropout)
 
 
 def refuse_name(model: nn.Module, adapter_name: str) -> None:

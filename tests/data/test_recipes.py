@@ -1,0 +1,71 @@
+"""The data sections of the recipes that train on many tasks, read by themselves, and the published values."""
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from loraplex.data import Example, read_examples
+from loraplex.data.sources import benchmark_root
+from loraplex.training.reading import read_recipe
+from loraplex.training.recipe import Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+needs_data = pytest.mark.skipif(benchmark_root() is None, reason="the benchmark sets are absent: set LORAPLEX_DATA")
+
+
+def recipe(name: str) -> Recipe:
+    return read_recipe(RECIPES / f"{name}.yaml")
+
+
+def by_task(examples: list[Example]) -> dict[str, int]:
+    return dict(collections.Counter(example.task for example in examples))
+
+
+@needs_data
+def test_eleven_tasks_are_trained_and_tested_on() -> None:
+    data = recipe("hydra-multitask").data
+    train, test = read_examples(data, "train"), read_examples(data, "test")
+    assert len(train) == 1600
+    assert set(by_task(test).values()) == {50}
+    assert len(by_task(test)) == len(by_task(train)) == 11
+    assert {example.task for example in test if not example.choices} == {"gsm8k"}
+    # option texts, not labels
+    science = next(example for example in test if example.task == "ARC-Easy")
+    assert not any("answer1" in choice for choice in science.choices)
+
+
+@needs_data
+def test_big_bench_hard_is_split_by_item() -> None:
+    data = recipe("hydra-bbh").data
+    train, test = read_examples(data, "train"), read_examples(data, "test")
+    assert len(train) == 1600
+    assert len(by_task(train)) == len(by_task(test)) == 27
+    assert set(by_task(test).values()) == {10}
+    assert not {example.prompt for example in train} & {example.prompt for example in test}
+
+
+def test_the_published_values_of_hydralora() -> None:
+    read = recipe("hydra-llama2-7b")
+    training = read.training
+    assert read.model.name == "meta-llama/Llama-2-7b-hf"
+    assert read.adapter == {
+        "adapter": {"name": "hydra", "heads": 4},
+        "r": 4,
+        "alpha": 32,
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+        "lora_dropout": 0.05,
+    }
+    assert (training.learning_rate, training.schedule, training.warmup, training.weight_decay) == (
+        2e-4,
+        "cosine",
+        0.03,
+        0,
+    )
+    assert (training.epochs, training.batch_size, training.gradient_accumulation, training.max_length) == (
+        1,
+        1,
+        8,
+        1024,
+    )
+    assert (read.model.dtype, read.seed) == ("bfloat16", 41)
