@@ -1,17 +1,21 @@
 """HydraLoRA where it is LoRA, how it starts, its dropout, its gates, and how it is run."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tests.adapters.large_shapes import count
+from tests.analysis.topics import prompts
 from tests.contract.sites import build
 from tests.tuner.tiny_models import adapted, config, gradients, llama, logits, move, tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import loraplex
-from loraplex import Adapter, Add, LoRA, Magnitude, UserError
+from loraplex import Adapter, AdapterConfig, Add, LoRA, Magnitude, UserError
 from loraplex.adapters.hydra import Heads, Route
+from loraplex.kernels.routed import softmax_gates
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "bert"])
 
@@ -232,3 +236,30 @@ def test_closed_ranks_get_no_gradient():
     heads = found[f"base_model.model.{name}.loraplex_adapters.default.factors.lora_B"].view(48, 4, 4)
     assert not heads[..., [1, 3]].any()
     assert heads[..., [0, 2]].abs().sum((0, 2)).all()
+
+
+@pytest.mark.parametrize("router", ["frozen", "uniform"])
+def test_a_router_that_does_not_learn_is_no_parameter(router: str, tmp_path: Path) -> None:
+    adapter = {"name": "hydra", "heads": 3, "router": router}
+    options = AdapterConfig(adapter=adapter, r=2, target_modules=["q_proj"], init_weights=False, seed=0)
+    model = get_peft_model(llama(), options)
+    layer = next(model.base_model.site_layers())
+    assert not any("lora_route" in name for name, _ in model.named_parameters())
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    gates = softmax_gates(x @ layer.adapter("default").combine.lora_route.T)
+    assert torch.allclose(gates, torch.full((5, 3), 1 / 3)) == (router == "uniform")
+    layer(x).sum().backward()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_heads_left_open_need_training_rows() -> None:
+    left_open = AdapterConfig(adapter={"name": "hydra", "heads": "auto"}, target_modules=["q_proj"])
+    with pytest.raises(UserError, match="heads is 'auto' without training rows: give a number"):
+        get_peft_model(llama(), left_open)
+    texts, _ = prompts(3)
+    found = Heads(heads="auto").settle(lambda: texts, 0)
+    assert found is not None
+    assert found.options == Heads(heads=3)
+    assert Heads(heads=2).settle(list, 0) is None

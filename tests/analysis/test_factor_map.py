@@ -1,40 +1,15 @@
 """A and B of several adapters, and of several heads: vectors, their two numbers, the map, and what is refused."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from loraplex.adapters.contracts import HasHeads, SiteInit
-from loraplex.adapters.lora import LoRA, LoRAFactors
-from loraplex.adapters.registry import REGISTRY, Axis, Deployed
 from loraplex.analysis.factor_map import FactorVector, check_lengths, read_vectors, separations
 from loraplex.cli.main import main
 from loraplex.errors import UserError
-
-HEADS = 3
-
-
-class ManyHeads(LoRAFactors):
-    """LoRA that claims several heads: its own B, and that B turned round."""
-
-    def heads(self) -> tuple[Tensor, Tensor]:
-        a, b = self.pair()
-        return a, torch.stack([b * sign for sign in (1.0, -1.0, 2.0)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Headed(LoRA):
-    """Builds them; never written as plain LoRA."""
-
-    deployed = Deployed.OWN
-
-    def build(self, site: SiteInit) -> LoRAFactors:
-        return ManyHeads(site, self)
 
 
 def save(model: Path, folder: Path, seed: int, start: int = 0, **fields: Any) -> str:
@@ -109,10 +84,13 @@ def test_heads_are_told_apart(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
 
     from loraplex import AdapterConfig
 
-    record = dataclasses.replace(REGISTRY.get(Axis.FACTORS, "lora"), name="headed", options=Headed)
-    monkeypatch.setitem(REGISTRY.methods, (Axis.FACTORS, "headed"), record)
-    config = AdapterConfig(adapter={"factors": "headed"}, r=2, target_modules=["q_proj"], init_weights=False, seed=0)
+    config = AdapterConfig(
+        adapter={"name": "hydra", "heads": 3}, r=2, target_modules=["q_proj"], init_weights=False, seed=0
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    for layer in model.base_model.site_layers():
+        b = layer.adapter("default").factors.lora_B.data
+        b[:, 2:] = torch.cat([-b[:, :2], 2 * b[:, :2]], dim=1)
     model.save_pretrained(tmp_path / "routed")
     vectors = read_vectors([str(tmp_path / "routed")], str(tiny_model))
     assert [vector.head for vector in vectors] == [None, 0, 1, 2] * 2
@@ -121,8 +99,6 @@ def test_heads_are_told_apart(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     assert (a.similarity, a.silhouette) == (None, None)
     # of the pairs (1, -1), (1, 2), (-1, 2) one points the same way
     assert b.similarity == pytest.approx(-1 / 3)
-    layer = next(model.base_model.site_layers())
-    assert isinstance(layer.adapter("default").factors, HasHeads)
     picture = tmp_path / "map.svg"
     assert main(["inspect", str(tmp_path / "routed"), "--model", str(tiny_model), "--tsne", str(picture)]) == 0
     assert picture.read_text().count("<use") > 8

@@ -47,14 +47,6 @@ class SettlesFromData(Protocol):
         """
 
 
-@runtime_checkable
-class HasHeads(Protocol):
-    """Factors with several B over one A, to be looked at one by one."""
-
-    def heads(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (N, out, r) of the N heads, scale and gate included in B once, not in A."""
-
-
 @dataclass(frozen=True)
 class SiteInit:
     """All that a method may look at when it makes its tensors for one site."""

@@ -11,16 +11,18 @@ Trainable parameters per site: r·in + N·r·out, and N·in of the router. N = 1
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit, uniform
+from loraplex.adapters.contracts import BaseWeight, Combine, Factors, Settled, SiteInit, scaling, uniform
 from loraplex.adapters.gates import GateRecord
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
-from loraplex.errors import UserError
+from loraplex.errors import UserError, nearest
 from loraplex.kernels.routed import routed_linear, softmax_gates, weighed
 
 
@@ -28,33 +30,50 @@ from loraplex.kernels.routed import routed_linear, softmax_gates, weighed
 class Heads:
     """Options of the factors with several heads."""
 
-    heads: int = 4
-    """N, the number of matrices B over one A."""
+    heads: int | Literal["auto"] = 4
+    """N, the number of matrices B over one A; "auto": as many as the prompts of the training rows form groups."""
 
     def __post_init__(self) -> None:
         """Refuse a number of heads that is not whole, or below 1."""
+        if self.heads == "auto":
+            return
         if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
-            raise UserError(f"heads is {self.heads!r}: give a whole number of at least 1")
+            raise UserError(f"heads is {self.heads!r}: give a whole number of at least 1, or auto")
+
+    def settle(self, texts: Callable[[], Sequence[str]], seed: int) -> Settled | None:
+        """Return these options with the number of groups that k-means finds in `texts`, where it was left open."""
+        if self.heads != "auto":
+            return None
+        from loraplex.analysis.clustering import group_texts
+
+        found = group_texts(texts(), seed=seed)
+        return Settled(replace(self, heads=found.number), f"heads: {found.number}; {found.reason}", found.evidence())
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s = alpha/r; the number of heads does not enter, their gates sum to 1."""
-        return alpha / rank
+        return scaling(alpha, rank)
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the largest rank that is allowed, as for LoRA."""
         return max(in_features, out_features)
 
     def build(self, site: SiteInit) -> HeadFactors:
-        """Return freshly initialized factors for a site."""
-        return HeadFactors(site, self)
+        """Return freshly initialized factors for a site.
+
+        Raises:
+            UserError: when the number of heads is still open.
+        """
+        if self.heads == "auto":
+            raise UserError("heads is 'auto' without training rows: give a number, 'loraplex heads DATA' finds one")
+        return HeadFactors(site, self, self.heads)
 
 
 class HeadFactors(Factors):
     """A (r, in), and B (out, N·r) with the heads side by side; closing a rank closes it in every head."""
 
-    def __init__(self, site: SiteInit, options: Heads) -> None:
+    def __init__(self, site: SiteInit, options: Heads, heads: int) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
-        self.heads = options.heads
+        self.heads = heads
         generator = site.generator()
         self.lora_A = nn.Parameter(uniform((site.rank, site.in_features), 1 / math.sqrt(site.in_features), generator))
         b = torch.zeros(site.out_features, self.heads * site.rank)
@@ -73,11 +92,16 @@ class Route:
 
     top_k: int | None = None
     """Outside the paper: the softmax is over the k largest logits of a token; all heads when absent."""
+    router: Literal["learned", "frozen", "uniform"] = "learned"
+    """Controls outside the paper: "frozen" keeps the random W_g, "uniform" gives every head 1/N (heads stay equal)."""
     dropout_per_head: bool = False
     """Every head has a dropout mask of its own, as in the official code: A is multiplied once per head then."""
 
     def __post_init__(self) -> None:
-        """Refuse a top_k that is not whole, or below 1."""
+        """Refuse a top_k that is not whole, or below 1, and a router that is not known."""
+        if self.router not in (known := ("learned", "frozen", "uniform")):
+            hint = nearest(str(self.router), known)
+            raise UserError(f"router is {self.router!r}: choose {', '.join(known)}.{hint}")
         if self.top_k is not None and (
             isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
         ):
@@ -92,6 +116,7 @@ class Routing(Combine):
     """The router W_g (N, in), without bias."""
 
     gates: GateRecord
+    lora_route: Tensor
 
     def __init__(self, site: SiteInit, options: Route) -> None:
         super().__init__()
@@ -101,9 +126,11 @@ class Routing(Combine):
         self.gates = GateRecord(site.heads)
         # a generator of its own: the one of the site gives A these numbers
         generator = site.generator(f"{site.name}:router")
-        self.lora_route = nn.Parameter(
-            uniform((site.heads, site.in_features), 1 / math.sqrt(site.in_features), generator)
-        )
+        route = uniform((site.heads, site.in_features), 1 / math.sqrt(site.in_features), generator)
+        if options.router == "learned":
+            self.lora_route = nn.Parameter(route)
+        else:
+            self.register_buffer("lora_route", route if options.router == "frozen" else torch.zeros_like(route))
 
     def drop(self, x: Tensor, dropout: nn.Module) -> Tensor:
         """Return x after dropout, with a mask per head (N, ..., in) where the options ask for it."""

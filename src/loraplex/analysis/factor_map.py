@@ -24,7 +24,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraplex.adapters.contracts import Factors, HasHeads
+from loraplex.adapters.contracts import Factors
 from loraplex.errors import UserError, nearest
 from loraplex.export.pairs import read_pairs
 from loraplex.models.adapted import adapter_folder, load_adapted
@@ -190,11 +190,9 @@ def _read(adapter: str, name: str, model: str | None) -> list[FactorVector]:
 
 def _matrices(factors: Factors) -> tuple[Tensor, list[Tensor], bool]:
     """Return A (r, in), each B (out, r), and whether these are heads."""
-    if isinstance(factors, HasHeads):
-        a, b = factors.heads()
-        return a, list(b), True
     a, b = factors.compact()
-    return a, [b], False
+    # head after head, side by side
+    return a, list(b.chunk(factors.heads, dim=1)), factors.heads > 1
 
 
 def _vectors(name: str, site: str, a: Tensor, heads: Sequence[Tensor], several: bool) -> list[FactorVector]:
