@@ -100,7 +100,8 @@ def _growth(result: Result) -> Figure:
             axes.set_xlabel(axis)
             axes.set_title(title)
             axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].legend(frameon=False)
+    # between the two curves
+    grid[0, 0].legend(frameon=False, loc="center", bbox_to_anchor=(0.55, 0.38))
     return figure
 
 
