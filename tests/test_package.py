@@ -12,13 +12,16 @@ from loraplex.errors import UserError, nearest
 
 def test_the_public_names() -> None:
     assert sorted(loraplex.__all__) == [
+        "ALoRA",
         "Adapter",
         "AdapterConfig",
         "Add",
+        "Hetero",
         "LoRA",
         "Magnitude",
         "UserError",
         "__version__",
+        "drive_allocation",
         "load_adapter",
         "load_model",
         "load_tokenizer",
