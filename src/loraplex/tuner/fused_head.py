@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraplex.kernels.label_head import label_log_probs
-from loraplex.tuner.packing import pack
+from loraplex.tuner.labeled import Head, frozen_head, labeled
 
 _FIELDS = {"log_probs", "entropy", "is_top1"}
 """What SFTTrainer asks for. It uses the entropy as a metric; others differentiate it, so they get TRL's function."""
@@ -43,25 +42,14 @@ def answer(
         return None
     if kwargs.get("output_router_logits") or getattr(settings["text_config"], "output_router_logits", False):
         return None
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+    linear = frozen_head(model)
+    if linear is None:
         return None
-    backbone = getattr(model, settings["backbone_attr"])
     inputs = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD}
-    batch = None if args else pack(model, inputs, padding_free)
-    hidden = backbone(*args, **(batch.inputs if batch else inputs) | {"use_cache": False}).last_hidden_state
-    targets = labels[:, 1:].to(hidden.device)
-    mask = targets != -100
-    rows = hidden[0, batch.place[:, :-1][mask]] if batch else hidden[:, :-1][mask]
-    fields = label_log_probs(
-        rows.to(head.weight.dtype),
-        head.weight,
-        head.bias,
-        targets[mask],
-        settings["logit_scale"],
-        settings["final_logit_softcapping"],
-    )
-    return _output(mask, *fields, items=kwargs.get("num_items_in_batch"))
+    batch = labeled(model, args, inputs, labels, padding_free)
+    head = Head(linear, settings["logit_scale"], settings["final_logit_softcapping"])
+    fields = head.log_probs(batch.hidden(getattr(model, settings["backbone_attr"])), batch.targets)
+    return _output(batch.mask, *fields, items=kwargs.get("num_items_in_batch"))
 
 
 def _settings(model: nn.Module) -> dict[str, Any] | None:
