@@ -17,7 +17,7 @@ from loraplex.tuner.labeled import Head, frozen_head, labeled
 _FIELDS = {"log_probs", "entropy", "is_top1"}
 """What SFTTrainer asks for. It uses the entropy as a metric; others differentiate it, so they get TRL's function."""
 
-_OF_THE_HEAD = {"labels", "shift_labels", "fused_lm_head", "num_items_in_batch"}
+OF_THE_HEAD = {"labels", "shift_labels", "fused_lm_head", "num_items_in_batch"}
 """Arguments that the backbone does not get."""
 
 _SETTINGS = {"temperature", "outputs", "cast_lm_head_to_fp32", "logit_scale", "final_logit_softcapping"} | {
@@ -36,7 +36,7 @@ def answer(
     Raises:
         UserError: when `padding_free` is True and the batch cannot be packed.
     """
-    settings = _settings(model)
+    settings = settings_of(model)
     labels = kwargs.get("labels")
     if settings is None or labels is None or kwargs.get("shift_labels") is not None:
         return None
@@ -45,14 +45,14 @@ def answer(
     linear = frozen_head(model)
     if linear is None:
         return None
-    inputs = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD}
+    inputs = {k: v for k, v in kwargs.items() if k not in OF_THE_HEAD}
     batch = labeled(model, args, inputs, labels, padding_free)
     head = Head(linear, settings["logit_scale"], settings["final_logit_softcapping"])
     fields = head.log_probs(batch.hidden(getattr(model, settings["backbone_attr"])), batch.targets)
-    return _output(batch.mask, *fields, items=kwargs.get("num_items_in_batch"))
+    return output(batch.mask, *fields, items=kwargs.get("num_items_in_batch"))
 
 
-def _settings(model: nn.Module) -> dict[str, Any] | None:
+def settings_of(model: nn.Module) -> dict[str, Any] | None:
     """Return what TRL's head was made with, None when it is not there or asks for more than we compute."""
     function = getattr(model.forward, "__func__", None)
     if not inspect.isfunction(function):
@@ -65,7 +65,8 @@ def _settings(model: nn.Module) -> dict[str, Any] | None:
     return settings if plain and set(settings["outputs"]) == _FIELDS else None
 
 
-def _output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items: Any) -> Any:
+def output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items: Any) -> Any:
+    """Return TRL's output for a mask (batch, T − 1) and the fields (n,) of its positions."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     def spread(values: Tensor) -> Tensor:
