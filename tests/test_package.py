@@ -15,6 +15,7 @@ def test_the_public_names() -> None:
         "Adapter",
         "AdapterConfig",
         "Add",
+        "Echo",
         "LoRA",
         "Magnitude",
         "UserError",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraplex.errors import UserError as UserError
     from loraplex.models.loading import load_model as load_model
     from loraplex.models.loading import load_tokenizer as load_tokenizer
+    from loraplex.objectives.echo import Echo as Echo
     from loraplex.tuner.config import AdapterConfig as AdapterConfig
     from loraplex.tuner.loading import load_adapter as load_adapter
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Adapter": "loraplex.adapters.registry",
     "AdapterConfig": "loraplex.tuner.config",
     "Add": "loraplex.adapters.add",
+    "Echo": "loraplex.objectives.echo",
     "LoRA": "loraplex.adapters.lora",
     "Magnitude": "loraplex.adapters.magnitude",
     "UserError": "loraplex.errors",
@@ -40,6 +42,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "Add",
+    "Echo",
     "LoRA",
     "Magnitude",
     "UserError",

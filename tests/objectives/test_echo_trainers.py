@@ -208,7 +208,7 @@ def test_the_networks_learn_at_their_own_rate_and_do_not_decay(tokenizer, tmp_pa
                 {"params": others, "lr": 1e-2, "weight_decay": 0.1},
                 {"params": networks, "lr": 5e-3, "weight_decay": 0.0},
             ]
-            trainer.optimizer = torch.optim.AdamW(groups)
+            trainer.optimizer = torch.optim.AdamW(groups, fused=True)
             objective_of(model).rates = lambda: iter(())
         kept = {}
         trainer.add_callback(_Keeping(kept))

@@ -163,7 +163,14 @@ class EchoObjective(Objective):
             sample[chosen],
             self.options.injection,
             {site: values[site] for site in kept},
+            lambda: {site: value for site, value in self._values(batch, pool).items() if site in kept},
         )
+
+    def _values(self, batch: Batch, pool: Pool) -> dict[str, Tensor]:
+        signal = self._signal(batch, pool)
+        assert signal is not None
+        assert self.networks is not None
+        return self.networks(signal)[0]  # type: ignore[no-any-return]
 
     def _signal(self, batch: Batch, pool: Pool) -> Tensor | None:
         """Return what goes into the networks in place of Σ_s softmax(ω)_s p_s, (sequences, d)."""
@@ -192,12 +199,11 @@ class EchoObjective(Objective):
         Draws depend on seed and step alone: all micro-batches of a step share one, or one draw goes on over all of
         their samples, so that four batches of one are one of four.
         """
-        seen, self._seen = self._seen, (self.step, batch.sequences)
-        if seen[0] == self.step:
-            self._seen = (self.step, seen[1] + batch.sequences)
         device = batch.sequence.device
         if self._forced is not None:
             return torch.ones(batch.sequences, dtype=torch.bool, device=device) if self._forced else None
+        step, seen = self._seen
+        self._seen = (self.step, batch.sequences + (seen if step == self.step else 0))
         generator = seeded(self.seed, self.step, "routing")
         if self.options.routing == "step":
             drawn = torch.rand(1, generator=generator).expand(batch.sequences)
@@ -248,6 +254,7 @@ class EchoObjective(Objective):
             yield
         finally:
             self._forced = None
+            self.means.take()
 
 
 def _boundaries(options: Echo, blocks: Blocks) -> tuple[int, ...]:

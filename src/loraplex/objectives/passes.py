@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Pass:
     """How the input enters: additive, multiplicative, output."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """Site name → (samples, r), or (samples, out) for form output."""
+    fresh: Callable[[], Mapping[str, Tensor]] | None = None
+    """Computes `values` once more."""
 
 
 @dataclass
@@ -107,10 +109,16 @@ class _Carrying:
     stage: Stage
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        current = self.stage.current
+        current, reentrant = self.stage.current, False
 
         def again(*inner: Any, **options: Any) -> Any:
-            with self.stage.running(current):
+            nonlocal reentrant
+            chosen = current
+            if reentrant and current is not None and current.fresh is not None:
+                # this block has a backward pass of its own, which would free what the values of all blocks share
+                chosen = replace(current, values=current.fresh())
+            reentrant = not torch.is_grad_enabled()
+            with self.stage.running(chosen):
                 return run(*inner, **options)
 
         return self.function(again, *args, **kwargs)

@@ -78,7 +78,7 @@ class LoraplexTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            objectives.build(self, adapter_name, config)
+            objectives.build(self, adapter_name)
             self._refuse_names_of_tensors()
         learning_rates.watch(self)
         for layer in self.site_layers() if twins else ():

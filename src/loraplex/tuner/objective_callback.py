@@ -13,6 +13,10 @@ from loraplex.tuner.model import LoraplexTuner
 from loraplex.tuner.objectives import name_of
 
 
+_REWEIGHTING = ("dft",)
+"""Losses of SFTTrainer that are computed out of the model's log-probabilities."""
+
+
 class ObjectiveCallback(TrainerCallback):
     """Acts only on models that carry an adapter of ours with an objective."""
 
@@ -24,7 +28,7 @@ class ObjectiveCallback(TrainerCallback):
         """
         for name, objective in _objectives(kwargs.get("model")):
             kind = getattr(args, "loss_type", None)
-            if kind not in (None, "nll"):
+            if kind in _REWEIGHTING:
                 raise UserError(
                     f"loss_type is '{kind}', which reweights the loss of the objective '{name}': leave it at 'nll', or "
                     "set the adapter's objective to plain"

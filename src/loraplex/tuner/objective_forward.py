@@ -183,9 +183,9 @@ class TrainingBatch(Batch):
     def distilled(self, teacher: Tensor, student: Tensor, weights: Weights, chosen: Tensor | None = None) -> Distilled:
         """Return the fields of `distilled_log_probs`, each (n,); see `Batch`."""
         weight, head = self.head.linear.weight, self.head
-        states = (hidden.to(weight.device, weight.dtype) for hidden in (teacher, student))
+        teacher, student = (hidden.to(weight.device, weight.dtype) for hidden in (teacher, student))
         bias, targets = head.linear.bias, self._targets(chosen)
-        return distilled_log_probs(*states, weight, bias, targets, weights, head.scale, head.softcap)
+        return distilled_log_probs(teacher, student, weight, bias, targets, weights, head.scale, head.softcap)
 
     def _targets(self, chosen: Tensor | None) -> Tensor:
         return self.labeled.targets if chosen is None else self.labeled.targets[chosen]

@@ -28,9 +28,10 @@ _tuners: weakref.WeakSet[Any] = weakref.WeakSet()
 _installed: list[Any] = []
 
 
-def build(tuner: LoraplexTuner, adapter_name: str, config: AdapterConfig) -> None:
+def build(tuner: LoraplexTuner, adapter_name: str) -> None:
     """Build and attach the objective of an adapter that has just been injected, if it has one."""
-    sites = _sites(tuner, adapter_name)
+    config, sites = tuner.peft_config[adapter_name], _sites(tuner, adapter_name)
+    assert isinstance(config, AdapterConfig)
     widths = {layer.site: layer.out_features for layer in tuner.site_layers()}
     assert config.seed is not None
     objective = config.typed_objective.build(
