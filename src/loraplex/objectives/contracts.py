@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,20 @@ class ObjectiveInit:
     """False asks for an initialization that acts visibly, for tests."""
 
 
+@dataclass(frozen=True)
+class Again:
+    """A second forward pass over some sequences of a batch, from their first position of interest to their last."""
+
+    tokens: int
+    """How many tokens it computes."""
+    rows: Tensor
+    """(k,) those that predict a learned token, as positions among the tokens."""
+    chosen: Tensor
+    """(k,) the same as indices into the batch's `rows`, rising."""
+    hidden: Callable[[], Tensor]
+    """Runs it and returns the last hidden states at `rows`, (k, d)."""
+
+
 class Batch(ABC):
     """One training batch. All tokens lie in a row of N; the sequences of a padded batch one after the other."""
 
@@ -51,8 +65,20 @@ class Batch(ABC):
     """(n,) positions in the row of N that predict a learned token, rising."""
 
     @abstractmethod
-    def hidden(self) -> Tensor:
-        """Run the backbone once and return its last hidden states at `rows`, (n, d)."""
+    def hidden(self, *, keep: bool = False) -> Tensor:
+        """Run the backbone once and return its last hidden states at `rows`, (n, d).
+
+        With `keep`, keys and values are kept for a second pass, where that is possible.
+        """
+
+    @abstractmethod
+    def again(self, sequences: Tensor, *, in_full: bool = False) -> Again:
+        """Return how to run the backbone a second time for the chosen `sequences` (sequences,), true or false.
+
+        The second pass may differ from the first at `rows` and after them only. Where the first pass was kept, nothing
+        before them is computed again: the second attends to the first's keys and values, which is the same, gradients
+        included. `in_full` computes every token of the batch in any case.
+        """
 
     @abstractmethod
     def log_probs(self, hidden: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

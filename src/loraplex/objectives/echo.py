@@ -28,7 +28,7 @@ from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Met
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Weights
 from loraplex.objectives.blocks import Blocks, find_blocks
-from loraplex.objectives.contracts import Batch, Means, Objective, ObjectiveInit, Outcome
+from loraplex.objectives.contracts import Again, Batch, Means, Objective, ObjectiveInit, Outcome
 from loraplex.objectives.echo_networks import EchoNetworks, seeded
 from loraplex.objectives.echo_options import EchoOptions
 from loraplex.objectives.passes import Pass, Port, Stage, carry_through_checkpoints, stop_carrying
@@ -109,12 +109,13 @@ class EchoObjective(Objective):
             plain.enter_context(self.stage.running(Pass()))
             if routed is not None and self.options.signal in ("pooled", "another"):
                 plain.enter_context(pool.collecting(self._blocks[0], self.boundaries))
-            off = batch.hidden()
+            off = batch.hidden(keep=routed is not None and self.options.second_pass == "auto")
         if routed is None:
             return self._one_pass(batch, off)
-        with self.stage.running(self._injecting(batch, pool, routed)):
-            on = batch.hidden()
-        return self._two_passes(batch, on, off, routed, weights)
+        again = batch.again(routed, in_full=self.options.second_pass == "full")
+        with self.stage.running(self._injecting(batch, pool, again)):
+            on = again.hidden()
+        return self._two_passes(batch, on, off, again.chosen, weights)
 
     def _one_pass(self, batch: Batch, off: Tensor) -> Outcome:
         log_probs, entropy, top = batch.log_probs(off)
@@ -122,20 +123,22 @@ class EchoObjective(Objective):
         self.means.add("routed", torch.zeros_like(log_probs))
         return Outcome(log_probs + self._nothing(log_probs), entropy, top)
 
-    def _two_passes(self, batch: Batch, on: Tensor, off: Tensor, routed: Tensor, weights: Weights) -> Outcome:
-        """Return the weighted loss of the rows whose sample is routed, and that of the plain pass for the others."""
-        of_rows = routed[batch.sequence[batch.rows]]
-        chosen = of_rows.nonzero()[:, 0]
+    def _two_passes(self, batch: Batch, on: Tensor, off: Tensor, chosen: Tensor, weights: Weights) -> Outcome:
+        """Return the weighted loss of the rows that went through both passes, and that of the plain one for the others.
+
+        on (k, d) belongs to the rows `chosen` (k,), off (n, d) to all.
+        """
         whole = len(chosen) == len(batch.rows)
-        both = batch.distilled(on, off, weights) if whole else batch.distilled(on[chosen], off[chosen], weights, chosen)
+        both = batch.distilled(on, off, weights) if whole else batch.distilled(on, off[chosen], weights, chosen)
+        of_rows = torch.zeros(len(batch.rows), device=off.device).index_fill(0, chosen.to(off.device), 1.0)
         self.means.add("loss_on", -both.teacher)
         self.means.add("distillation", both.divergence)
-        self.means.add("routed", of_rows.float())
+        self.means.add("routed", of_rows)
         nothing = self._nothing(both.objective)
         if whole:
             self.means.add("loss_off", -both.student)
             return Outcome(both.objective + nothing, both.entropy, both.top)
-        rest = (~of_rows).nonzero()[:, 0]
+        rest = (of_rows == 0).nonzero()[:, 0]
         log_probs, entropy, top = batch.log_probs(off[rest], rest)
         self.means.add("loss_off", -torch.cat([both.student, log_probs]))
         order = torch.cat([chosen, rest]).argsort()
@@ -145,22 +148,19 @@ class EchoObjective(Objective):
             torch.cat([both.top, top])[order],
         )
 
-    def _injecting(self, batch: Batch, pool: Pool, routed: Tensor) -> Pass:
+    def _injecting(self, batch: Batch, pool: Pool, again: Again) -> Pass:
         """Return the second pass: what every target gets, and where."""
-        tokens = len(batch.sequence)
         signal = self._signal(batch, pool)
         if signal is None or self.networks is None:
-            return Pass(tokens)
+            return Pass(again.tokens)
         values, gates = self.networks(signal)
         self.means.add("gate", gates)
         draws = torch.rand(len(self.targets), generator=seeded(self.seed, self.step, "targets"))
         kept = [site for site, draw in zip(self.targets, draws, strict=True) if draw >= self.options.target_dropout]
-        sample = batch.sequence[batch.rows]
-        chosen = routed[sample]
         return Pass(
-            tokens,
-            batch.rows[chosen],
-            sample[chosen],
+            again.tokens,
+            again.rows,
+            batch.sequence[batch.rows[again.chosen]],
             self.options.injection,
             {site: values[site] for site in kept},
             lambda: {site: value for site, value in self._values(batch, pool).items() if site in kept},

@@ -14,6 +14,7 @@ _CHOICES = {
     "signal": ("pooled", "none", "zeros", "random", "another"),
     "injection": ("additive", "multiplicative", "output"),
     "routing": ("step", "sample"),
+    "second_pass": ("auto", "full"),
 }
 _SHARES = ("probability", "target_dropout")
 _NOT_NEGATIVE = ("weight_on", "weight_off", "weight_distillation", "ramp")
@@ -46,6 +47,8 @@ class EchoOptions:
     """What is drawn for the second pass: whole steps, or samples within a step."""
     probability: float = 0.5
     """Of the second pass."""
+    second_pass: Literal["auto", "full"] = "auto"
+    """auto: where there is no dropout and no checkpoint, only from the first injected position on; full: all of it."""
     target_dropout: float = 0.1
     """Share of the target sites that get nothing in a step."""
     weight_on: float = 0.5

@@ -44,9 +44,9 @@ class Labeled:
     targets: Tensor
     """(n,) the labels that are predicted."""
 
-    def hidden(self, backbone: nn.Module) -> Tensor:
-        """Return the last hidden state at every position that predicts a label, (n, d)."""
-        hidden: Tensor = backbone(*self.args, **self.inputs | {"use_cache": False}).last_hidden_state
+    def hidden(self, backbone: nn.Module, **extra: Any) -> Tensor:
+        """Return the last hidden state where a label is predicted, (n, d); `extra` goes to the backbone too."""
+        hidden: Tensor = backbone(*self.args, **self.inputs | {"use_cache": False} | extra).last_hidden_state
         mask = self.mask.to(hidden.device)
         return hidden[:, :-1][mask] if self.packed is None else hidden[0, self.packed.place[:, :-1][mask]]
 
@@ -60,14 +60,22 @@ def frozen_head(model: nn.Module) -> nn.Linear | None:
 
 
 def labeled(
-    model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Tensor, padding_free: bool | str
+    model: nn.Module,
+    args: tuple[Any, ...],
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    padding_free: bool | str,
+    *,
+    always: bool = False,
 ) -> Labeled:
     """Return the batch; `inputs` are those of the backbone, labels (batch, T), `padding_free` as in `AdapterConfig`.
+
+    With `always`, a batch without padding is laid out in one row too, where the model allows.
 
     Raises:
         UserError: when `padding_free` is True and the batch cannot be packed.
     """
-    packed = None if args else pack(model, dict(inputs), padding_free)
+    packed = None if args else pack(model, dict(inputs), padding_free, always=always)
     head = model.get_output_embeddings()  # type: ignore[operator]
     targets = labels[:, 1:].to(head.weight.device)
     mask = targets != IGNORED

@@ -12,7 +12,6 @@ from loraplex.objectives.contracts import Objective
 from loraplex.tuner.model import LoraplexTuner
 from loraplex.tuner.objectives import name_of
 
-
 _REWEIGHTING = ("dft",)
 """Losses of SFTTrainer that are computed out of the model's log-probabilities."""
 

@@ -17,8 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Distilled, Weights, distilled_log_probs
-from loraplex.objectives.contracts import Batch, Objective
-from loraplex.tuner import fused_head
+from loraplex.kernels.packed_attention import KeyMemory
+from loraplex.objectives.contracts import Again, Batch, Objective
+from loraplex.tuner import fused_head, second_pass
 from loraplex.tuner.labeled import IGNORED, Head, Labeled, frozen_head, labeled
 
 _PROBE_TOKENS = 4
@@ -52,7 +53,8 @@ def answer(
     fused = fused_head.enabled(kwargs)
     backbone, head = _backbone_and_head(model, kwargs)
     inputs = {key: value for key, value in kwargs.items() if key not in fused_head.OF_THE_HEAD}
-    batch = TrainingBatch(labeled(model, (), inputs, labels, padding_free), labels, backbone, head)
+    reuse = second_pass.can_look_back(model)
+    batch = TrainingBatch(labeled(model, (), inputs, labels, padding_free, always=reuse), labels, backbone, head, reuse)
     outcome = objective.loss(batch)
     items = kwargs.get("num_items_in_batch")
     if fused:
@@ -145,6 +147,9 @@ class TrainingBatch(Batch):
     labels: Tensor
     backbone: nn.Module
     head: Head
+    reuse: bool = False
+    """Whether a second pass may look back at the first one."""
+    memory: KeyMemory | None = None
 
     def __post_init__(self) -> None:
         """Lay the tokens in one row."""
@@ -172,9 +177,20 @@ class TrainingBatch(Batch):
             self.rows = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]
         self.sequences = int(self.sequence[-1]) + 1
 
-    def hidden(self) -> Tensor:
-        """Run the backbone once and return its last hidden states at `rows`, (n, d)."""
-        return self.labeled.hidden(self.backbone)
+    def hidden(self, *, keep: bool = False) -> Tensor:
+        """Run the backbone once and return its last hidden states at `rows`, (n, d); see `Batch`."""
+        if not (keep and self.reuse and self.labeled.packed is not None):
+            return self.labeled.hidden(self.backbone)
+        self.memory = KeyMemory()
+        return self.labeled.hidden(self.backbone, key_memory=self.memory)
+
+    def again(self, sequences: Tensor, *, in_full: bool = False) -> Again:
+        """Return the second pass; see `Batch`."""
+        chosen = sequences[self.sequence[self.rows]].nonzero()[:, 0]
+        rows = self.rows[chosen]
+        if in_full or self.memory is None or not len(rows):
+            return Again(len(self.sequence), rows, chosen, lambda: self.labeled.hidden(self.backbone)[chosen])
+        return second_pass.looking_back(self.backbone, self.labeled.inputs, self.memory, self.sequence, rows, chosen)
 
     def log_probs(self, hidden: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return log p(label), entropy and whether the label is on top, each (n,); see `Batch`."""
