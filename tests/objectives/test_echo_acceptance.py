@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tests.objectives.echoing import BLOCKS, echoing, gradients, objective_of, options, padded, rows, targets_of
 from tests.tuner.tiny_models import config, llama, logits, same
 
+from loraplex import UserError
 from loraplex.kernels.distilled_head import Weights
 from loraplex.objectives.passes import Pass
 
@@ -198,3 +199,81 @@ def test_detaching_leaves_nothing_behind(adapter):
 def test_weights_and_passes_are_plain_data():
     assert Weights(0.5, 0.5, 0.5) == Weights(0.5, 0.5, 0.5, 1.0)
     assert Pass().values == {}
+
+
+def test_an_echo_of_zeros_is_two_passes_without_an_echo():
+    """Two controls that are one by construction: zeros project to zero."""
+    found = []
+    for signal in ("zeros", "none"):
+        model = echoing(options(signal=signal), lora_dropout=0.3, seed=3, moved=False, dtype=torch.float32)
+        torch.manual_seed(0)
+        found.append(model(**padded(rows())).loss)
+    assert torch.equal(*found)
+
+
+def test_a_fixed_random_vector_is_the_same_for_every_batch_and_sample():
+    model = echoing(options(signal="random"))
+    objective, seen = objective_of(model), []
+    original = objective._signal
+    objective._signal = lambda batch, pool: seen.append(original(batch, pool)) or seen[-1]
+    model(**padded(rows()))
+    model(**padded(rows(seed=9)))
+    assert torch.equal(seen[0], seen[1])
+    assert all(torch.equal(row, seen[0][0]) for row in seen[0])
+    assert seen[0].abs().max() > 0
+
+
+def test_the_networks_have_as_many_parameters_as_their_formula_says():
+    model = echoing(options(bottleneck=7))
+    objective = objective_of(model)
+    sites = len(targets_of(model))
+    expected = 32 * 7 + sites * (4 * 7 + 7 + 1) + 3 + 32
+    assert sum(p.numel() for p in objective.parameters()) == expected
+    assert sites == 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool": "answers"}, "pool is 'answers': choose prompt, last_prompt, answer, all.*'answer'"),
+        ({"pool": "answer", "weight_off": 0}, "shows the echo the answer, and weight_off is 0.*set weight_off above 0"),
+        ({"weight_on": 0, "weight_off": 0}, "both 0: nothing would learn"),
+        ({"probability": 1.5}, "probability is 1.5: give a number from 0 to 1"),
+        ({"temperature": 0}, "temperature is 0: give a number above 0"),
+        ({"ramp": -1}, "ramp is -1: give a number of at least 0"),
+        ({"sources": 0}, "sources is 0: give a number of at least 1"),
+        ({"sources": [0]}, "sources is .0.: give a list of whole numbers of at least 1"),
+        ({"sources": [7]}, "sources names boundary 7, but the model has 6 blocks"),
+        ({"targets": [6]}, "targets names block 6, but the model has blocks 0 to 5"),
+        ({"targets": []}, "targets is ..: give a list"),
+        ({"bottleneck": 0}, "bottleneck is 0"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        echoing(options(**change))
+
+
+def test_a_model_without_a_target_is_refused():
+    with pytest.raises(UserError, match="no target: .* in the first third of 2 blocks; set targets"):
+        echoing(base=llama())
+
+
+def test_it_needs_a_peft_model():
+    from peft import inject_adapter_in_model
+
+    with pytest.raises(UserError, match="needs a PeftModel, because the two passes of its objective"):
+        inject_adapter_in_model(config(objective="echo"), base())
+
+
+def test_copies_and_pickles_are_on_their_own():
+    import pickle
+
+    model = echoing(moved=True)
+    batch = padded(rows())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**batch).loss, model(**batch).loss)
+        twin.base_model.detach_objective()
+        assert model(**batch).loss.isfinite()
+        assert not any(getattr(module, "input", None) for module in twin.modules())

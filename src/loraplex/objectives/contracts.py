@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from loraplex.adapters.contracts import Rate, SiteAdapter
 
@@ -111,6 +112,16 @@ class Objective(nn.Module, ABC):
         """Optimizer steps that are done: told by a trainer, counted where there is none."""
         self.total: int | None = None
         """Optimizer steps in all, None where nobody has said."""
+        self._agreed = False
+
+    def agree(self, device: torch.device) -> None:
+        """Take over the first process's seed and step, once, where several train: seeds may be drawn in each."""
+        if self._agreed or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        state = self.get_extra_state().to(device)
+        dist.broadcast(state, 0)
+        self.set_extra_state(state.cpu())
+        self._agreed = True
 
     def get_extra_state(self) -> Tensor:
         """Return what decides the draws of the next step: only tensors come back when a trainer resumes."""

@@ -55,6 +55,7 @@ def answer(
     inputs = {key: value for key, value in kwargs.items() if key not in fused_head.OF_THE_HEAD}
     reuse = second_pass.can_look_back(model)
     batch = TrainingBatch(labeled(model, (), inputs, labels, padding_free, always=reuse), labels, backbone, head, reuse)
+    objective.agree(batch.labeled.targets.device)
     outcome = objective.loss(batch)
     items = kwargs.get("num_items_in_batch")
     if fused:
