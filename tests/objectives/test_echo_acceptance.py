@@ -256,7 +256,7 @@ def test_options_out_of_range_are_named(change, message):
 
 
 def test_a_model_without_a_target_is_refused():
-    with pytest.raises(UserError, match="no target: .* in the first third of 2 blocks; set targets"):
+    with pytest.raises(UserError, match=r"no target: .* in the first third of 2 blocks; set targets"):
         echoing(base=llama())
 
 
