@@ -38,6 +38,7 @@ def test_a_run_ends_as_plain_lora_and_costs_its_passes(tiny_recipe: Path) -> Non
     assert saved["peft_type"] == "LORA"
     files = [load_file(runs[name].adapter / "adapter_model.safetensors") for name in ("plain", "echo")]
     assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+    assert {"echo/loss_off", "echo/routed"} <= runs["echo"].metrics["loss"][0].keys()
     # a second pass that is never drawn is no second pass
     assert [e["loss"] for e in runs["never"].metrics["loss"]] == [e["loss"] for e in runs["plain"].metrics["loss"]]
 
