@@ -16,6 +16,7 @@ def test_the_public_names() -> None:
         "Adapter",
         "AdapterConfig",
         "Add",
+        "Echo",
         "Hetero",
         "LoRA",
         "Magnitude",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraplex.errors import UserError as UserError
     from loraplex.models.loading import load_model as load_model
     from loraplex.models.loading import load_tokenizer as load_tokenizer
+    from loraplex.objectives.echo import Echo as Echo
     from loraplex.tuner.config import AdapterConfig as AdapterConfig
     from loraplex.tuner.drive import drive_allocation as drive_allocation
     from loraplex.tuner.loading import load_adapter as load_adapter
@@ -33,6 +34,7 @@ _HOMES = {
     "Adapter": "loraplex.adapters.registry",
     "AdapterConfig": "loraplex.tuner.config",
     "Add": "loraplex.adapters.add",
+    "Echo": "loraplex.objectives.echo",
     "LoRA": "loraplex.adapters.lora",
     "Magnitude": "loraplex.adapters.magnitude",
     "UserError": "loraplex.errors",
@@ -47,6 +49,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "Add",
+    "Echo",
     "Hetero",
     "LoRA",
     "Magnitude",

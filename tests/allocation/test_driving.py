@@ -348,3 +348,26 @@ def test_ab_lora_finds_a_planted_answer() -> None:
         drive.step()
     ranks = drive.decisions[-1].plan.ranks
     assert sum(rank for site, rank in ranks.items() if site in ANSWER) >= 0.8 * sum(ranks.values())
+
+
+def test_an_objective_goes_together_with_an_allocation(tmp_path: Path) -> None:
+    """Both are live in checkpoints, resumed exactly, and gone at the end."""
+    kept = {"save_strategy": "steps", "save_steps": 3}
+    rows = [{**row, "labels": [-100] * 6 + row["labels"][6:]} for row in ROWS]
+    states = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model = adapted(DYNAMIC, objective={"name": "echo", "targets": [0], "sources": [2]})
+        trainer = Trainer(model, arguments(tmp_path, **kept), train_dataset=Dataset.from_list(rows))
+        trainer.train(resume_from_checkpoint=resume)
+        assert [entry["step"] for entry in decisions(trainer.state.log_history)] == [0, 2, 4]
+        states.append(state(model))
+    live = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    assert sum(key.endswith("factors.gate") for key in live) == 14
+    assert any(".objective." in key for key in live)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert '"peft_type": "LORA"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {key.rpartition(".lora_")[2] for key in found} == {"A.weight", "B.weight"}
+    assert len(found) == 2 * 3

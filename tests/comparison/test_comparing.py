@@ -189,6 +189,31 @@ def test_equal_compute_gives_the_cheaper_arm_more_steps(tiny_model: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_one_arm_alone_gets_the_compute_of_another(tiny_model: Path, tmp_path: Path) -> None:
+    """Two of three steps go through the model twice: the plain arm has 5/3 of the steps, the third arm its own."""
+    echo = "{name: echo, targets: [0], sources: [2], probability: 0.6667, second_pass: full}"
+    arms = f"arms:\n  lora: lora\n  equal: {{compute_of: echo}}\n  echo: {{adapter: {{objective: {echo}}}}}\n"
+    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\n")))
+    assert [found.arm(name).runs[0].state for name in ("lora", "equal", "echo")] == ["finished"] * 3
+    assert [found.arm(name).runs[0].steps for name in ("lora", "equal", "echo")] == [4, 7, 4]
+
+
+@pytest.mark.parametrize(
+    ("arms", "extra", "message"),
+    [
+        ("arms:\n  a: {compute_of: c}\n  b: lora\n", "", "arms.a.compute_of is 'c': name an arm whose steps are given"),
+        ("arms:\n  a: {compute_of: a}\n  b: lora\n", "", "name an arm whose steps are given, such as b"),
+        ("arms:\n  a: {compute_of: b}\n  b: lora\n", "match: compute\n", "beside match: compute"),
+    ],
+)
+def test_compute_of_what_has_no_steps_of_its_own_is_refused(
+    arms: str, extra: str, message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_comparison(write(tmp_path, tiny_model, arms, extra))
+
+
+@pytest.mark.slow
 def test_without_test_rows_it_trains_and_reports(tiny_model: Path, tmp_path: Path) -> None:
     path = write(tmp_path, tiny_model, "arms:\n  lora: lora\n  peft: {peft: {peft_type: LORA}}\n", "seeds: [0]\n")
     path.write_text(re.sub(r", test: [^}]*}", "}", path.read_text()))

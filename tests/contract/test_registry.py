@@ -1,5 +1,7 @@
 """The registry: every record is complete, has an oracle and a recipe, and illegal combinations say why."""
 
+import dataclasses
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +9,16 @@ import pytest
 from tests.contract.sites import adapters, variants
 
 from loraplex import Adapter, LoRA, Magnitude, UserError
-from loraplex.adapters.registry import Axis, Capability, Method, illegal, parse_adapter
+from loraplex.adapters.registry import (
+    Axis,
+    Capability,
+    Deployed,
+    Method,
+    describe_member,
+    illegal,
+    parse_adapter,
+    parse_member,
+)
 from loraplex.methods import REGISTRY
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +32,9 @@ def test_every_record_is_complete(method):
     assert method.options() == method.options()
     if method.axis in (Axis.FACTORS, Axis.COMBINE):
         assert variants(method)
+    if method.axis is Axis.OBJECTIVE and method.deployed is Deployed.OWN:
+        assert importlib.import_module(f"tests.reference.{method.name}").loss
+        assert (ROOT / "recipes" / f"{method.name}.yaml").is_file()
 
 
 @pytest.mark.parametrize("name", REGISTRY.presets)
@@ -62,3 +76,39 @@ def test_an_illegal_combination_says_what_is_missing():
     assert reason == (
         "combine 'magnitude' needs a weight change that is the same for every token, which 'routed' does not offer"
     )
+
+
+@pytest.mark.parametrize("method", REGISTRY.members(Axis.OBJECTIVE), ids=lambda m: m.name)
+def test_an_objectives_options_are_described_and_read_back(method):
+    assert describe_member(method.options()) == method.name
+    assert parse_member(Axis.OBJECTIVE, method.name) == method.options()
+    assert parse_member(Axis.OBJECTIVE, method.options()) == method.options()
+    for entry in dataclasses.fields(method.options):
+        if isinstance(entry.default, float):
+            changed = method.options(**{entry.name: entry.default / 2})
+            assert describe_member(changed) == {"name": method.name, entry.name: entry.default / 2}
+            assert parse_member(Axis.OBJECTIVE, describe_member(changed)) == changed
+
+
+def test_an_objective_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"unknown objective 'eco'.*'echo'"):
+        parse_member(Axis.OBJECTIVE, "eco")
+    with pytest.raises(UserError, match=r"unknown option 'probabilty' of objective 'echo'.*'probability'"):
+        parse_member(Axis.OBJECTIVE, {"name": "echo", "probabilty": 1})
+    with pytest.raises(UserError, match="without a name: add one"):
+        parse_member(Axis.OBJECTIVE, {"probability": 1})
+    with pytest.raises(UserError, match="'lora' is of the axis factors, not of the axis objective"):
+        parse_member(Axis.OBJECTIVE, LoRA())
+
+
+def test_an_objective_that_needs_the_rank_space_is_refused_without():
+    @dataclass(frozen=True)
+    class Options:
+        pass
+
+    closed = Method("closed", Axis.FACTORS, Options, "-", "-", "0", provides=frozenset({Capability.PAIR}))
+    reason = illegal(closed, REGISTRY.get(Axis.COMBINE, "magnitude"), REGISTRY.get(Axis.OBJECTIVE, "echo"))
+    assert "objective 'echo' needs a rank space that takes additional input" in str(
+        illegal(closed, REGISTRY.get(Axis.OBJECTIVE, "echo"))
+    )
+    assert reason is not None

@@ -102,6 +102,15 @@ def test_the_published_prompts_byte_for_byte(split: Any, expected: bytes) -> Non
     assert example.answer == 1
 
 
+def test_the_published_files_name_their_labels_in_the_instruction_alone() -> None:
+    published = {key: value for key, value in ARC.items() if key not in ("choices", "task", "id")}
+    ours, theirs = (read_as_labels(Row(fields, "file:1"), "train") for fields in (ARC, published))
+    assert (theirs.prompt, theirs.completion, theirs.answer) == (ours.prompt, ours.completion, ours.answer)
+    assert theirs.choices == ours.choices
+    with pytest.raises(UserError, match="field 'choices' is missing"):
+        read_as_labels(Row({**published, "instruction": "Which?"}, "file:1"), "train")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -20,7 +20,7 @@ def naive(hidden, weight, bias, labels, scale, softcap):
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_values_and_gradient_equal_the_whole_matrix(monkeypatch, at_once, softcap, scale, with_bias):
-    monkeypatch.setattr(label_head, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(label_head, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(20, 5, dtype=torch.float64)

@@ -55,7 +55,7 @@ def gradients(model, output):
 @pytest.mark.parametrize("cohere", [False, True], ids=["llama", "cohere-logit-scale"])
 def test_every_field_and_gradient_equals_trls_own(cohere, batch):
     model = adapted(cohere=cohere)
-    assert fused_head._settings(model.get_base_model()) is not None
+    assert fused_head.settings_of(model.get_base_model()) is not None
     ours = model(**batch, fused_lm_head=True)
     theirs = model.get_base_model()(**batch, fused_lm_head=True)
     for field in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):

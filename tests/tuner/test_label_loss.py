@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from loraplex import AdapterConfig, UserError
-from loraplex.tuner import label_loss
+from loraplex.tuner import labeled
 
 SIZES = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -61,9 +61,9 @@ def test_loss_and_gradients_are_those_of_the_base_models_own_forward(ragged, coh
 def test_neither_padding_nor_unlabeled_positions_are_computed(ragged, monkeypatch):
     model, through_head, through_block = adapted(), [], []
     model(**ragged, num_items_in_batch=7)  # the look at the first batch is over
-    original = label_loss.label_log_probs
+    original = labeled.label_log_probs
     monkeypatch.setattr(
-        label_loss, "label_log_probs", lambda rows, *rest: through_head.append(len(rows)) or original(rows, *rest)
+        labeled, "label_log_probs", lambda rows, *rest: through_head.append(len(rows)) or original(rows, *rest)
     )
     model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(
         lambda module, args, output: through_block.append(args[0].shape[:-1].numel())

@@ -190,7 +190,7 @@ def test_it_is_refused_where_no_b_is_trained_for_itself(name: str) -> None:
 def test_prolora_s_b_is_its_chunk_and_its_whole_ranks() -> None:
     config = AdapterConfig(adapter={"name": "prolora", "loraplus_lr_ratio": 4}, r=3, target_modules=["q_proj"], seed=0)
     adapted = get_peft_model(llama(), config)
-    rated = {id(p): ratio for p, ratio in adapted.base_model.learning_rate_ratios()}
+    rated = {id(p): rate.ratio for p, rate in adapted.base_model.rates()}
     found = {name for name, p in adapted.named_parameters() if id(p) in rated}
     assert found == {name for name, p in adapted.named_parameters() if "lora_B" in name}
     assert set(rated.values()) == {4}

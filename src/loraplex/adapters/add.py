@@ -37,6 +37,11 @@ class Addition(Combine):
         a, b = factors.parts()
         return low_rank_linear(x, None if dropped is x else dropped, weight, bias, a, b, factors.rank_scale(b.dtype))
 
+    def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+        """Return low Bᵀ (n, out)."""
+        _, b = factors.rank_space()
+        return F.linear(low.to(b.dtype), b)
+
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return BA (out, in)."""
         a, b = (tensor.detach() for tensor in factors.pair())

@@ -75,6 +75,18 @@ class SiteInit:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How a parameter learns, where it is not at the optimizer's rate."""
+
+    ratio: float = 1.0
+    """Of its learning rate to the optimizer's."""
+    peak: float | None = None
+    """The rate at the peak of the optimizer's schedule, instead of a ratio."""
+    decays: bool = True
+    """False: no weight decay, whatever the optimizer's is."""
+
+
 class Factors(nn.Module, ABC):
     """How the pair (A, B) of one site is formed.
 
@@ -123,8 +135,8 @@ class Factors(nn.Module, ABC):
         """Yield the trained tensors that have an entry per rank, with the dimension along which the ranks lie."""
         yield from ()
 
-    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """Yield the parameters that learn at another rate than the optimizer's, with the ratio (LoRA+)."""
+    def rates(self) -> Iterator[tuple[nn.Parameter, Rate]]:
+        """Yield the parameters that learn at another rate than the optimizer's (LoRA+)."""
         yield from ()
 
     def check_file(self, site: str, tensors: Mapping[str, Tensor]) -> None:
@@ -165,6 +177,10 @@ class Factors(nn.Module, ABC):
         """Return A (r, in) and B (out, heads·r), differentiable, scale and gate included in B exactly once."""
         a, b = self.parts()
         return a, b * self.rank_scale(b.dtype)
+
+    def rank_space(self) -> tuple[Tensor, Tensor]:
+        """Return the trained A (r, in) and B (out, r), scale and gate in B: where the rank space takes more input."""
+        return self.pair()
 
     def compact(self) -> tuple[Tensor, Tensor]:
         """Return the pair without its closed ranks: A (r', in), B (out, heads·r'), detached.
@@ -222,6 +238,14 @@ class Combine(nn.Module, ABC):
     def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         """Return y (..., out): the frozen linear W0 (out, in), b (out,) with this adapter alone, in one fast pass."""
 
+    def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+        """Return what `low` (n, r), added to the rank space drop(x) Aᵀ, adds to the output, (n, out).
+
+        Raises:
+            UserError: when the rank space takes no additional input.
+        """
+        raise UserError("this adapter has no rank space that takes additional input")
+
     @abstractmethod
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return W' − W0 (out, in) in the dtype of the adapter, detached; `weight` is W0 (out, in)."""
@@ -239,6 +263,30 @@ class BaseWeight(ABC):
         """Return b (out,) or None."""
 
 
+@dataclass(frozen=True)
+class GivenWeight(BaseWeight):
+    """A weight at hand."""
+
+    weight: Tensor
+    offset: Tensor | None
+
+    def matrix(self) -> Tensor:
+        """Return W0 (out, in)."""
+        return self.weight
+
+    def bias(self) -> Tensor | None:
+        """Return b (out,) or None."""
+        return self.offset
+
+
+class SiteInput(ABC):
+    """What changes the output of a site in training forwards, as an objective may wish."""
+
+    @abstractmethod
+    def change(self, y: Tensor, dropped: Tensor, adapter: SiteAdapter, base: BaseWeight) -> Tensor:
+        """Return the site's output y (..., out), or its change of it, changed; `dropped` (..., in) is what A gets."""
+
+
 class SiteAdapter(nn.Module):
     """One adapter on one site: dropout, factors, combine."""
 
@@ -247,14 +295,21 @@ class SiteAdapter(nn.Module):
         self.factors = factors
         self.combine = combine
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.input: SiteInput | None = None
 
     def delta(self, x: Tensor, y0: Tensor, base: BaseWeight) -> Tensor:
         """Return the adapter's contribution to y0 (..., out) for input x (..., in), in the adapter's dtype."""
-        return self.combine.delta(x, self.combine.drop(x, self.dropout), y0, base, self.factors)
+        dropped = self.combine.drop(x, self.dropout)
+        delta = self.combine.delta(x, dropped, y0, base, self.factors)
+        return self.input.change(delta, dropped, self, base) if self.input is not None and self.training else delta
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (..., out) of the frozen linear W0 (out, in), b (out,) with this adapter alone."""
-        return self.combine.output(x, self.combine.drop(x, self.dropout), weight, bias, self.factors)
+        dropped = self.combine.drop(x, self.dropout)
+        y = self.combine.output(x, dropped, weight, bias, self.factors)
+        if self.input is None or not self.training:
+            return y
+        return self.input.change(y, dropped, self, GivenWeight(weight, bias))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return W' − W0 (out, in); see `Combine.delta_weight`."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.bases import singular_bases
-from loraplex.adapters.contracts import Factors, SiteInit, check_lr_ratio, check_rank, scaling, uniform
+from loraplex.adapters.contracts import Factors, Rate, SiteInit, check_lr_ratio, check_rank, scaling, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
 from loraplex.errors import UserError, nearest
 
@@ -81,10 +81,10 @@ class LoRAFactors(Factors):
         """Return the trainable pair itself."""
         return self.lora_A, self.lora_B
 
-    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+    def rates(self) -> Iterator[tuple[nn.Parameter, Rate]]:
         """Yield B with λ = η_B/η_A of LoRA+."""
         if self.lr_ratio != 1:
-            yield self.lora_B, self.lr_ratio
+            yield self.lora_B, Rate(self.lr_ratio)
 
     def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield A by rows and B by columns."""
@@ -123,10 +123,14 @@ class PiSSAFactors(Factors):
         a0, b0 = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
         return torch.cat([self.lora_A - a0, a0]), torch.cat([self.lora_B, self.lora_B - b0], dim=1)
 
-    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+    def rank_space(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and s·B·diag(gate) (out, r) as they are trained, without what is taken off."""
+        return self.lora_A, self.lora_B * self.rank_scale(self.lora_B.dtype)[: self.rank]
+
+    def rates(self) -> Iterator[tuple[nn.Parameter, Rate]]:
         """Yield B with λ = η_B/η_A of LoRA+."""
         if self.lr_ratio != 1:
-            yield self.lora_B, self.lr_ratio
+            yield self.lora_B, Rate(self.lr_ratio)
 
     def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield A by rows and B by columns."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit
+from loraplex.adapters.contracts import BaseWeight, Combine, Factors, GivenWeight, SiteInit
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
 from loraplex.kernels.magnitude import magnitude_linear, positive_root, row_norm, squared_row_norm
 
@@ -50,7 +50,7 @@ class MagnitudeDirection(Combine):
             return F.linear(x, weight, bias)
         if dropped is not x or torch.compiler.is_compiling():
             y0 = F.linear(x, weight, bias)
-            return (y0 + self.delta(x, dropped, y0, _Given(weight, bias), factors)).to(y0.dtype)
+            return (y0 + self.delta(x, dropped, y0, GivenWeight(weight, bias), factors)).to(y0.dtype)
         a, b = factors.parts()
         s, square = factors.rank_scale(b.dtype), self._square.of(weight)
         return magnitude_linear(x, weight, bias, a, b, s, self.lora_magnitude_vector, square)
@@ -68,6 +68,12 @@ class MagnitudeDirection(Combine):
             frozen = F.linear(dropped.to(weight.dtype), weight)
         low_rank = F.linear(F.linear(dropped.to(a.dtype), a), b)
         return (ratio - 1) * frozen.to(ratio.dtype) + ratio * low_rank
+
+    def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+        """Return (m/n) ⊙ low Bᵀ (n, out), n the norm of the weight as it is deployed: without `low`."""
+        _, b = factors.rank_space()
+        m, n = self._magnitude_and_norm(base.matrix(), factors)
+        return (m / n) * F.linear(low.to(b.dtype), b)
 
     def delta_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return (m/n) ⊙ (W0 + BA) − W0 (out, in)."""
@@ -120,20 +126,6 @@ class _SquareCache:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return (_SquareCache, ())
-
-
-@dataclass(frozen=True)
-class _Given(BaseWeight):
-    """A weight at hand."""
-
-    weight: Tensor
-    offset: Tensor | None
-
-    def matrix(self) -> Tensor:
-        return self.weight
-
-    def bias(self) -> Tensor | None:
-        return self.offset
 
 
 REGISTRY.add(

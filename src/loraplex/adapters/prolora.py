@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import Factors, SiteInit, check_lr_ratio, check_rank, scaling, uniform
+from loraplex.adapters.contracts import Factors, Rate, SiteInit, check_lr_ratio, check_rank, scaling, uniform
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
 from loraplex.errors import UserError
 
@@ -104,10 +104,10 @@ class PRoLoRAFactors(Factors):
             return a, b
         return torch.cat([a, self.lora_A_unshared]), torch.cat([b, self.lora_B_unshared], dim=1)
 
-    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
+    def rates(self) -> Iterator[tuple[nn.Parameter, Rate]]:
         """Yield what B is made of with λ = η_B/η_A of LoRA+."""
         if self.lr_ratio != 1:
-            yield from ((b, self.lr_ratio) for b in (self.lora_B, self.lora_B_unshared) if b is not None)
+            yield from ((b, Rate(self.lr_ratio)) for b in (self.lora_B, self.lora_B_unshared) if b is not None)
 
 
 def _rotation(shared: int, copies: int) -> Tensor:

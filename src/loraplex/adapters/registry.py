@@ -58,7 +58,7 @@ class Method:
     provides: frozenset[Capability] = frozenset()
     needs: frozenset[Capability] = frozenset()
     deployed: Deployed = Deployed.OWN
-    """For factors and combine: the plainest exact form of the result."""
+    """For factors and combine: the plainest exact form of the result; for an objective: that while it is attached."""
     mergeable: bool = True
     """Whether the result can be written into the frozen weight exactly."""
     only_peft_model: str = ""
@@ -219,35 +219,6 @@ def parse_adapter(value: Adapter | str | Mapping[str, Any] | object) -> Adapter:
     raise UserError(f"'{method.name}' is of the axis {method.axis}, not an adapter")
 
 
-def parse_method(axis: Axis, value: Any) -> Any:
-    """Return the typed options of a method of `axis`: from its name, a mapping (name and options), or themselves.
-
-    Raises:
-        UserError: for an unknown name or option (the nearest is named), or options of another axis.
-    """
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, Mapping):
-        method = REGISTRY.of_options(value)
-        if method.axis is not axis:
-            raise UserError(f"'{method.name}' is of the axis {method.axis}, not {axis}")
-        return value
-    rest = dict(value)
-    method = REGISTRY.get(axis, str(rest.pop("name", None)))
-    known = {entry.name for entry in dataclasses.fields(method.options)}
-    for key in rest:
-        if key not in known:
-            raise UserError(f"unknown option '{key}' of {axis} '{method.name}'.{nearest(key, known | {'name'})}")
-    return method.options(**rest)
-
-
-def describe_method(options: Any) -> str | dict[str, Any]:
-    """Return the plain form that `parse_method` reads back: the name, or a mapping with the changed options."""
-    method = REGISTRY.of_options(options)
-    changed = _changed(_options(options), _options(method.options()))
-    return {"name": method.name, **changed} if changed else method.name
-
-
 def _from_mapping(value: Mapping[str, Any]) -> Adapter:
     rest = dict(value)
     if "name" in rest:
@@ -268,6 +239,38 @@ def _from_mapping(value: Mapping[str, Any]) -> Adapter:
             raise UserError(f"unknown adapter option '{key}' for factors '{factors}' with combine '{combine}'.{hint}")
     built = [cls(**{k: v for k, v in rest.items() if k in names}) for cls, names in zip(classes, fields, strict=True)]
     return Adapter(*built)
+
+
+def parse_member(axis: Axis, value: Any) -> Any:
+    """Return the options of the member of `axis` that a name, a mapping (name and options) or options stand for.
+
+    Raises:
+        UserError: for an unknown name or option (the nearest is named), or options of another axis.
+    """
+    if not isinstance(value, (str, Mapping)):
+        method = REGISTRY.of_options(value)
+        if method.axis is not axis:
+            raise UserError(f"'{method.name}' is of the axis {method.axis}, not of the axis {axis}")
+        return value
+    rest = {"name": value} if isinstance(value, str) else dict(value)
+    if "name" not in rest:
+        raise UserError(
+            f"{axis} is {value!r}, without a name: add one, such as name: {REGISTRY.members(axis)[-1].name}"
+        )
+    method = REGISTRY.get(axis, rest.pop("name"))
+    names = [entry.name for entry in dataclasses.fields(method.options)]
+    for key in rest:
+        if key not in names:
+            raise UserError(f"unknown option '{key}' of {axis} '{method.name}'.{nearest(str(key), names)}")
+    return method.options(**rest)
+
+
+def describe_member(options: Any) -> str | dict[str, Any]:
+    """Return the plain form that `parse_member` reads back: a name, or a mapping with the changed options."""
+    method = REGISTRY.of_options(options)
+    changed = _changed(_options(options), _options(method.options()))
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    return {"name": method.name, **plain} if plain else method.name
 
 
 def _options(options: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _FORMATS = ["auto", "completion", "messages", "alpaca", "choices", "template", "
 @click.option("--choice", "choices", multiple=True, help="Template form: an option, usually with a leading space.")
 @click.option("--answer", default="answer", show_default=True, help="Template form: the field with the right option.")
 @click.option("--chat", is_flag=True, help="Ask text prompts through the tokenizer's chat template.")
+@click.option("--task", default="", help="The task of rows that name none: boolq, piqa, ...")
 @click.option("--config", help="Hub data set: its configuration.")
 @click.option("--split", default="test", show_default=True, help="Hub data set: its split.")
 @click.option("--limit", type=click.IntRange(min=1), help="Rows of each source at most, a seeded sample.")
@@ -90,6 +91,7 @@ def _score(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
         choices=arguments["choices"],
         answer=arguments["answer"],
         chat=arguments["chat"],
+        task=arguments["task"],
         config=arguments["config"],
         test_split=arguments["split"],
         max_test=arguments["limit"],

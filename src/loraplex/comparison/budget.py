@@ -1,5 +1,7 @@
 """Ranks from a parameter budget: the whole trainable part of an arm is counted, on the model without its weights.
 
+What is counted is what an arm deploys: the tensors of an objective, which are gone after training, are not.
+
 With every site at rank r or r + 1 the count comes within a site's step of the budget. Which sites get the extra rank is
 decided by position alone: k of n sites, evenly spread in the order of the model's modules, so the same arm always gets
 the same plan. A site's scale s stays what the arm says at its own rank: alpha moves with the rank.
@@ -64,6 +66,7 @@ class Counter:
         return self._count(recipe)[2]
 
     def _count(self, recipe: Recipe) -> tuple[int, int, list[str]]:
+        recipe = replace(recipe, adapter={key: value for key, value in recipe.adapter.items() if key != "objective"})
         key = repr((recipe.adapter, recipe.peft, recipe.training.max_steps))
         if key not in self._found:
             model = build_without_weights(recipe, self._config, self._dtype)

@@ -24,7 +24,7 @@ from loraplex.training.recipe import Recipe, TrainingOptions
 from loraplex.tuner.config import AdapterConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 Say = Callable[[str, str], None]
 COMPUTE = "compute"
@@ -99,7 +99,9 @@ def _compare(sweep: _Sweep) -> Comparison:
         assumed = " This assumes that accuracies differ by 2 points between seeds and that 15 % of the items decide."
         sweep.say("beforehand", size_sentence(items, [seeds], contrasts, [found]) + assumed)
     if recipe.options.match == COMPUTE:
-        _match_compute(sweep)
+        _match_compute(sweep, dict.fromkeys(recipe.arms, ""))
+    elif recipe.compute_of:
+        _match_compute(sweep, recipe.compute_of)
     trials = _choose_rates(sweep)
     base = _base_job(sweep)
     runs = {name: [_run_job(sweep, name, seed) for seed in recipe.options.seeds] for name in recipe.arms}
@@ -177,9 +179,9 @@ def _write_plan(sweep: _Sweep, name: str, solved: Solved, counter: Counter) -> N
         Plan({site: config.rank_of(site) for site in counter.sites(solved.recipe)}).save(folder / f"{name}.json")
 
 
-def _count_flops(sweep: _Sweep) -> dict[str, float]:
+def _count_flops(sweep: _Sweep, names: Iterable[str]) -> dict[str, float]:
     """Return the operations per trained token of every arm whose count succeeded."""
-    jobs = {name: make_job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name), sweep.output) for name in sweep.solved}
+    jobs = {name: make_job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name), sweep.output) for name in names}
     sweep.carry_out(list(jobs.values()), "operations")
     return {name: job.metrics()["flops_per_token"] for name, job in jobs.items() if job.finished}
 
@@ -190,21 +192,28 @@ def _quiet(sweep: _Sweep, name: str) -> Recipe:
     return replace(recipe, training=replace(recipe.training, learning_rate=1e-4), seed=0)
 
 
-def _match_compute(sweep: _Sweep) -> None:
-    """Give the cheaper arms more steps, until all arms have the operations of the dearest."""
-    if any(solved.recipe.training.max_steps is None for solved in sweep.solved.values()):
-        raise UserError("match: compute changes the number of steps: set training.max_steps")
-    flops = _count_flops(sweep)
-    missing = [name for name in sweep.solved if name not in flops]
+def _match_compute(sweep: _Sweep, wanted: Mapping[str, str]) -> None:
+    """Give the `wanted` arms more steps or fewer, until they have the operations of the arms named there.
+
+    Where none is named, it is the arm with the most.
+    """
+    names = [name for name in sweep.solved if name in wanted or name in wanted.values()]
+    if any(sweep.solved[name].recipe.training.max_steps is None for name in names):
+        raise UserError("equal compute changes the number of steps: set training.max_steps")
+    flops = _count_flops(sweep, names)
+    missing = [name for name in names if name not in flops]
     if missing:
         raise UserError(
-            f"match: compute needs the operations of {missing[0]}: {sweep.errors.get(missing[0] + '-flops')}"
+            f"equal compute needs the operations of {missing[0]}: {sweep.errors.get(missing[0] + '-flops')}"
         )
-    most = max(flops.values())
-    for name, solved in sweep.solved.items():
+    all_steps = {name: sweep.solved[name].recipe.training.max_steps or 0 for name in names}
+    dearest = max(names, key=lambda name: flops[name])
+    for name, other in wanted.items():
+        # without another arm, the own steps as dear as those of the dearest
+        other_steps = all_steps[other] if other else all_steps[name]
+        solved = sweep.solved[name]
         training = solved.recipe.training
-        assert training.max_steps is not None
-        steps = round(training.max_steps * most / flops[name])
+        steps = round(other_steps * flops[other or dearest] / flops[name])
         sweep.solved[name] = replace(solved, recipe=replace(solved.recipe, training=replace(training, max_steps=steps)))
         sweep.say("steps", f"{name}: {steps}")
 

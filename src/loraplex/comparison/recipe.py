@@ -33,6 +33,8 @@ class ArmOptions:
     """Keys of the training section."""
     learning_rates: list[Positive] | None = None
     """Learning rates to choose from on validation rows; replaces the shared list, [] takes the given one."""
+    compute_of: str | None = None
+    """Another arm: this one gets as many steps as have that one's training FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class ComparisonRecipe:
     """By arm; empty where the rate is given."""
     own_rank: frozenset[str]
     """Arms that name their rank themselves and keep it, whatever the budget."""
+    compute_of: dict[str, str]
+    """Arms whose number of steps follows from another's operations, and that other arm."""
 
     @property
     def reference(self) -> str:
@@ -113,7 +117,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     if "seed" in shared:
         raise UserError(f"{path}: a comparison has seeds, not a seed")
     options = _options({key: mapping[key] for key in known if key in mapping}, str(path))
-    arms, rates, own_rank = {}, {}, set()
+    arms, rates, own_rank, compute_of = {}, {}, set(), {}
     for name, changes in options.arms.items():
         arm = _arm(changes, f"{path}: arms.{name}")
         arms[name] = recipe_from_mapping(_merged(shared, arm), source=f"{path}: arms.{name}")
@@ -122,8 +126,25 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             raise UserError(f"{path}: learning_rates needs rows to choose on: set training.validation_rows above 0")
         if isinstance(arm.adapter, Mapping) and {"r", "rank_pattern"} & set(arm.adapter):
             own_rank.add(name)
+        if arm.compute_of is not None:
+            compute_of[name] = arm.compute_of
+    _check_compute(compute_of, options, str(path))
     output = Path(arms[next(iter(arms))].output)
-    return ComparisonRecipe(path, output, _heading(text), options, arms, rates, frozenset(own_rank))
+    return ComparisonRecipe(path, output, _heading(text), options, arms, rates, frozenset(own_rank), compute_of)
+
+
+def _check_compute(compute_of: Mapping[str, str], options: CompareOptions, source: str) -> None:
+    for name, other in compute_of.items():
+        if other not in options.arms or other == name or other in compute_of:
+            known = [arm for arm in options.arms if arm not in compute_of]
+            raise UserError(
+                f"{source}: arms.{name}.compute_of is '{other}': name an arm whose steps are given, such as "
+                f"{known[0] if known else 'a new one'}.{nearest(other, known)}"
+            )
+        if options.match == "compute":
+            raise UserError(
+                f"{source}: arms.{name}.compute_of beside match: compute, which says it for all: leave one out"
+            )
 
 
 def _refuse_unknown(shared: Mapping[str, Any], known: list[str], source: str) -> None:

@@ -1,7 +1,7 @@
 """The eight commonsense tasks in the wording of LLM-Adapters (arXiv 2304.01933): option texts, and the label protocol.
 
 A row's `instruction` is "<lead>: <question>", a blank line, "Answer1: <text> Answer2: <text> ...", and a last part
-"Answer format: answer1/answer2/..."; its `choices` are the labels alone.
+"Answer format: answer1/answer2/..."; its `choices` are the labels alone, where it has any: the published files do not.
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ def _split_options(row: Row, body: str, labels: tuple[str, ...]) -> tuple[str, t
 
 
 def _labels(row: Row) -> tuple[str, ...]:
-    labels = row.value("choices")
+    labels = row.fields.get("choices")
+    if labels is None:
+        # the published files name them in the instruction alone
+        _, found, listed = row.text("instruction").rpartition(_FORMAT)
+        labels = listed.strip().split("/") if found else row.value("choices")
     if not isinstance(labels, list) or len(labels) < 2:
         raise row.error(f"field 'choices' has to be a list of at least two labels, not {labels!r}")
     return tuple(str(label) for label in labels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 24
 """Elements of the logits matrix that exist at the same time: 64 MiB in float32."""
 
 
@@ -52,7 +52,7 @@ class _LabelLogProbs(torch.autograd.Function):
         log_probs, entropy = hidden.new_empty(2, len(labels), dtype=dtype)
         top = torch.empty_like(labels, dtype=torch.bool)
         unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+        step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
             z = F.linear(hidden[part], weight, bias).to(dtype)

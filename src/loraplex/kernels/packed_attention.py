@@ -23,6 +23,32 @@ PACKED_ATTENTION = "loraplex_packed"
 """Name for `attn_implementation=`."""
 
 
+class KeyMemory:
+    """Keys and values of a forward pass over packed sequences, for another one over a stretch of some of them.
+
+    Given to a backbone as `key_memory`. The first pass puts its keys and values in; after `look_back` a second one over
+    stretches of tokens attends to what came before them in the first, with the gradients that belong there.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._visible: Tensor | None = None
+        self._stretch: Tensor | None = None
+
+    def look_back(self, visible: Tensor, stretch: Tensor) -> None:
+        """Prepare the second pass: the tokens it sees (k,), and where among those the ones are that it computes."""
+        self._visible, self._stretch = visible, stretch
+
+    def join(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (1, heads, tokens, d) that this attention module has to look at."""
+        if self._visible is None or self._stretch is None:
+            self._kept[id(module)] = (key, value)
+            return key, value
+        visible, stretch = self._visible.to(key.device), self._stretch.to(key.device)
+        old_key, old_value = (tensor.index_select(2, visible) for tensor in self._kept[id(module)])
+        return old_key.index_copy(2, stretch, key), old_value.index_copy(2, stretch, value)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -38,7 +64,8 @@ def packed_attention(
 
     query (batch, heads, T, d), key and value (batch, key heads, T', d). The borders of packed sequences are read from
     `cu_seq_lens_q`, or from `position_ids` that start again. `sequence_masks`, where given, has a boolean mask (t, t)
-    for every packed sequence, true where a query (row) sees a key; it takes the place of the causal one.
+    for every packed sequence, true where a query (row) sees a key; it takes the place of the causal one. `key_memory`
+    is a `KeyMemory`.
 
     Raises:
         UserError: for what it does not know how to compute: softcapped logits, attention sinks, and over packed
@@ -50,6 +77,11 @@ def packed_attention(
                 f"{type(module).__name__} uses {name}, which packed attention does not compute: "
                 "turn padding_free off, or choose an attention implementation that has it"
             )
+    memory: KeyMemory | None = kwargs.pop("key_memory", None)
+    if memory is not None:
+        key, value = memory.join(module, key, value)
+        if query.shape[2] != key.shape[2]:
+            return _stretches(query, key, value, scaling, kwargs), None
     lengths = None if attention_mask is not None else _lengths(query, key, kwargs)
     if lengths is None:
         output, _ = sdpa_attention_forward(
@@ -72,6 +104,19 @@ def packed_attention(
         for (q, k, v), mask in zip(split, masks or [None] * len(lengths), strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _stretches(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
+    """Return (1, T, heads, d) for queries that are the last ones of their sequences of keys."""
+    lengths = [kwargs[name].diff().tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    _refuse(torch.nn.Module(), max(lengths[1]), kwargs)
+    grouped = query.shape[1] != key.shape[1]
+    split = zip(query.split(lengths[0], 2), key.split(lengths[1], 2), value.split(lengths[1], 2), strict=True)
+    parts = []
+    for q, k, v in split:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        parts.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=grouped))
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
 
 
 def _lengths(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraplex.adapters.registry import REGISTRY, Axis, Method
+from loraplex.adapters.registry import REGISTRY, Axis, Deployed, Method
+from loraplex.objectives.contracts import ObjectiveInit
 
 
 @dataclass(frozen=True)
 class Plain:
     """Options of the plain objective: there are none."""
+
+    passes = 1.0
+    most_passes = 1.0
+
+    def build(self, init: ObjectiveInit) -> None:
+        """Return nothing: the trainer's loss needs nobody else."""
 
 
 REGISTRY.add(
@@ -20,5 +27,6 @@ REGISTRY.add(
         summary="the trainer's own loss",
         paper="–",
         parameters="–",
+        deployed=Deployed.LORA,
     )
 )

@@ -3,6 +3,7 @@
     memory = weights + adapter · (1 + 1 + optimizer state) + blocks · kept(block) + kept(rest) + logits + passing
     time   = steps · passes · (blocks · time(block) · tokens / tokens of the probe + time(head))
 
+An objective may ask for more passes, and for the activations of more than one.
 The whole model is built without its weights; a probe of one and two blocks (`probe.py`) measures what one block keeps
 and takes.
 """
@@ -205,11 +206,13 @@ def _memory(recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches:
     everything = {id(p): p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())}
     state = next((size for name, size in OPTIMIZER_STATE.items() if recipe.training.optimizer.startswith(name)), 2.0)
     text = config.get_text_config()
-    activations = text.num_hidden_layers * block.kept
+    passes = adapter_config(recipe).typed_objective.most_passes  # type: ignore[attr-defined]
+    activations = int(passes * text.num_hidden_layers * block.kept)
     if recipe.training.gradient_checkpointing:
         # The input of every block, and one block in full while it is gone through again.
         width = max(parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad)
-        activations = text.num_hidden_layers * batches.most_tokens * text.hidden_size * width + block.kept
+        inputs = text.num_hidden_layers * batches.most_tokens * text.hidden_size * width
+        activations = int(passes * inputs) + block.kept
     return Memory(
         weights=sum(everything.values()) - adapter,
         adapter=adapter,
@@ -233,7 +236,8 @@ def _seconds(
     head: float = FROZEN_FLOPS * text.vocab_size * text.hidden_size * learned * batches.rows
     again = 4 / 3 if recipe.training.gradient_checkpointing else 1.0
     one_pass = blocks * per_token * batches.mean_tokens * again + head * per_token / flops_per_block
-    return one_pass * batches.per_step * batches.steps
+    passes: float = adapter_config(recipe).typed_objective.passes  # type: ignore[attr-defined]
+    return one_pass * passes * batches.per_step * batches.steps
 
 
 def _kinds(model: PeftModel) -> Iterator[Kind]:

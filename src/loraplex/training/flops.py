@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from loraplex.training.trainer import RunTrainer
+from loraplex.tuner.model import LoraplexTuner
 
 
 def flops_per_token(trainer: RunTrainer) -> float:
     """Return the operations of forward and backward pass per real token, over a batch of the training rows.
+
+    Where an objective draws what a step does, it is the mean over the kinds of steps, weighted by their probability.
 
     Products of matrices and attention are counted, two operations per multiply-add; padding that goes through the model
     is paid for by the real tokens. Nothing is updated, but random numbers are drawn: count after training, or in a
@@ -18,9 +24,19 @@ def flops_per_token(trainer: RunTrainer) -> float:
     assert model is not None
     model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with FlopCounterMode(display=False) as counter:
-        trainer.compute_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    model.zero_grad()
+    operations = 0.0
+    for share, kind in _kinds_of_steps(model):
+        with kind, FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(model, dict(batch)).backward()  # type: ignore[no-untyped-call]
+        operations += share * counter.get_total_flops()
+        model.zero_grad()
     mask = batch.get("attention_mask")
     tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-    return float(counter.get_total_flops()) / tokens
+    return operations / tokens
+
+
+def _kinds_of_steps(model: nn.Module) -> list[tuple[float, AbstractContextManager[None]]]:
+    """Return the kinds of steps that the objective draws, if the model has one, and how often each occurs."""
+    tuners = [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+    objectives = [objective for tuner in tuners for objective in tuner.objectives().values()]
+    return objectives[0].kinds_of_steps() if objectives else [(1.0, nullcontext())]

@@ -24,7 +24,7 @@ from loraplex.training.recipe import Recipe
 # The smallest vocabulary that holds the tokens of the probe: the head is reckoned by itself.
 VOCABULARY = 8
 REPEATS = 3
-# Keys of the adapter section that name single blocks, or what the probe has not.
+# Keys of the adapter section that name single blocks, or what the probe has not: an objective may need more of them.
 WHOLE_MODEL_KEYS = {
     "exclude_modules",
     "layers_to_transform",
@@ -33,6 +33,7 @@ WHOLE_MODEL_KEYS = {
     "alpha_pattern",
     "modules_to_save",
     "trainable_token_indices",
+    "objective",
 }
 
 

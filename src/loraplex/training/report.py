@@ -33,10 +33,17 @@ def environment() -> dict[str, Any]:
 
 
 def split_history(history: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the loss history and the validation history out of a trainer's log history."""
+    """Return the loss history and the validation history out of a trainer's log history.
+
+    The parts that an objective logs, OBJECTIVE/PART, stay with the loss.
+    """
     wanted = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
     losses = [
-        {"step": entry["step"], **{name: entry[key] for key, name in wanted.items() if key in entry}}
+        {
+            "step": entry["step"],
+            **{name: entry[key] for key, name in wanted.items() if key in entry},
+            **{key: value for key, value in entry.items() if "/" in key},
+        }
         for entry in history
         if "loss" in entry
     ]

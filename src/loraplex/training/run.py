@@ -106,10 +106,13 @@ def train(
     parameters = _parameters(model)
     say("adapter", "{sites} sites, {trainable:,} trainable parameters, {share:.2%} of the model".format(**parameters))
     before = _measure_before(run, model, tokenizer, rows)
+    # An objective is gone after training, so is what its steps cost.
+    operations = flops_per_token(trainer) if count_flops and _has_objective(model) else None
     memory = {"resident_before_bytes": start_peak(), "resident_after_loading_bytes": resident}
     trained = _fit(run, trainer, resume)
     memory["peak_bytes"] = trained.pop("peak_bytes")
-    operations = flops_per_token(trainer) if count_flops else None
+    if count_flops and operations is None:
+        operations = flops_per_token(trainer)
     reloaded, reload = _save(run, model, rows, identity)
     if trained["allocation"]:
         _draw_ranks(run, _plan(model), trained["allocation"])
@@ -202,6 +205,12 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
         "peak_bytes": peak(),
         "energy_kwh": energy.kwh,
     }
+
+
+def _has_objective(model: PeftModel) -> bool:
+    from loraplex.tuner.model import LoraplexTuner
+
+    return isinstance(model.base_model, LoraplexTuner) and bool(model.base_model.objectives())
 
 
 def _is_last(checkpoint: Path) -> bool:

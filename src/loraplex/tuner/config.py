@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from loraplex.adapters.contracts import check_rank
-from loraplex.adapters.registry import Adapter, Axis, Deployed, describe_method, illegal, parse_adapter, parse_method
+from loraplex.adapters.registry import Adapter, Axis, Deployed, describe_member, illegal, parse_adapter, parse_member
 from loraplex.allocation.contracts import Allocator
 from loraplex.errors import UserError, nearest
 from loraplex.methods import REGISTRY
@@ -67,8 +67,8 @@ class AdapterConfig(PeftConfig):
     """Take the padding out of training batches: False never, 'auto' where the model allows, True or refuse."""
     allocation: Any = field(default="uniform")
     """Where the ranks go: a name, a mapping (name and options), or typed options such as Hetero(...)."""
-    objective: str = field(default="plain")
-    """What is minimized while training."""
+    objective: Any = field(default="plain")
+    """What is minimized while training: a name ('plain', 'echo'), a mapping (name and options), or typed options."""
 
     def __post_init__(self) -> None:
         """Normalize and check; see the class."""
@@ -79,11 +79,12 @@ class AdapterConfig(PeftConfig):
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = cast(Any, set(self.exclude_modules))
         self.adapter = self.typed_adapter.describe()
-        self.allocation = describe_method(self.typed_allocation)
+        self.allocation = describe_member(self.typed_allocation)
+        self.objective = describe_member(self.typed_objective)
         methods = (
             *self.typed_adapter.methods,
             REGISTRY.of_options(self.typed_allocation),
-            REGISTRY.get(Axis.OBJECTIVE, self.objective),
+            REGISTRY.of_options(self.typed_objective),
         )
         reason = illegal(*methods)
         if reason is not None:
@@ -136,13 +137,25 @@ class AdapterConfig(PeftConfig):
     @property
     def typed_allocation(self) -> Allocator:
         """The allocation as typed options."""
-        options: Allocator = parse_method(Axis.ALLOCATION, self.allocation)
+        options: Allocator = parse_member(Axis.ALLOCATION, self.allocation)
         return options
 
     @property
+    def typed_objective(self) -> Any:
+        """The objective as typed options."""
+        return parse_member(Axis.OBJECTIVE, self.objective)
+
+    @property
     def deployed(self) -> Deployed:
-        """The form in which this adapter is saved now: its own type as long as it is live."""
-        return Deployed.OWN if self.live else self.typed_adapter.deployed
+        """The form in which this adapter is saved now: its own type as long as it is live or an objective attached."""
+        attached = REGISTRY.of_options(self.typed_objective).deployed is Deployed.OWN
+        return Deployed.OWN if self.live or attached else self.typed_adapter.deployed
+
+    @property
+    def only_peft_model(self) -> str:
+        """Why PEFT's tuner must stay around the model, empty where it need not."""
+        objective = REGISTRY.of_options(self.typed_objective).only_peft_model
+        return " and ".join(reason for reason in (self.typed_adapter.only_peft_model, objective) if reason)
 
     def rank_of(self, site: str) -> int:
         """Return the rank configured for a full module name."""

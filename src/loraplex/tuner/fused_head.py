@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraplex.kernels.label_head import label_log_probs
-from loraplex.tuner.packing import pack
+from loraplex.tuner.labeled import Head, frozen_head, labeled
 
 _FIELDS = {"log_probs", "entropy", "is_top1"}
 """What SFTTrainer asks for. It uses the entropy as a metric; others differentiate it, so they get TRL's function."""
 
-_OF_THE_HEAD = {"labels", "shift_labels", "fused_lm_head", "num_items_in_batch"}
+OF_THE_HEAD = {"labels", "shift_labels", "fused_lm_head", "num_items_in_batch"}
 """Arguments that the backbone does not get."""
 
 _SETTINGS = {"temperature", "outputs", "cast_lm_head_to_fp32", "logit_scale", "final_logit_softcapping"} | {
@@ -37,34 +36,23 @@ def answer(
     Raises:
         UserError: when `padding_free` is True and the batch cannot be packed.
     """
-    settings = _settings(model)
+    settings = settings_of(model)
     labels = kwargs.get("labels")
     if settings is None or labels is None or kwargs.get("shift_labels") is not None:
         return None
     if kwargs.get("output_router_logits") or getattr(settings["text_config"], "output_router_logits", False):
         return None
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+    linear = frozen_head(model)
+    if linear is None:
         return None
-    backbone = getattr(model, settings["backbone_attr"])
-    inputs = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD}
-    batch = None if args else pack(model, inputs, padding_free)
-    hidden = backbone(*args, **(batch.inputs if batch else inputs) | {"use_cache": False}).last_hidden_state
-    targets = labels[:, 1:].to(hidden.device)
-    mask = targets != -100
-    rows = hidden[0, batch.place[:, :-1][mask]] if batch else hidden[:, :-1][mask]
-    fields = label_log_probs(
-        rows.to(head.weight.dtype),
-        head.weight,
-        head.bias,
-        targets[mask],
-        settings["logit_scale"],
-        settings["final_logit_softcapping"],
-    )
-    return _output(mask, *fields, items=kwargs.get("num_items_in_batch"))
+    inputs = {k: v for k, v in kwargs.items() if k not in OF_THE_HEAD}
+    batch = labeled(model, args, inputs, labels, padding_free)
+    head = Head(linear, settings["logit_scale"], settings["final_logit_softcapping"])
+    fields = head.log_probs(batch.hidden(getattr(model, settings["backbone_attr"])), batch.targets)
+    return output(batch.mask, *fields, items=kwargs.get("num_items_in_batch"))
 
 
-def _settings(model: nn.Module) -> dict[str, Any] | None:
+def settings_of(model: nn.Module) -> dict[str, Any] | None:
     """Return what TRL's head was made with, None when it is not there or asks for more than we compute."""
     function = getattr(model.forward, "__func__", None)
     if not inspect.isfunction(function):
@@ -77,7 +65,8 @@ def _settings(model: nn.Module) -> dict[str, Any] | None:
     return settings if plain and set(settings["outputs"]) == _FIELDS else None
 
 
-def _output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items: Any) -> Any:
+def output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items: Any) -> Any:
+    """Return TRL's output for a mask (batch, T − 1) and the fields (n,) of its positions."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     def spread(values: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from loraplex.kernels.label_head import label_log_probs
-from loraplex.tuner.packing import pack
+from loraplex.tuner.labeled import Head, frozen_head, labeled
 
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"} | {
     "use_cache",
@@ -48,18 +47,12 @@ def answer(
         return None
     if not isinstance(model, PreTrainedModel) or model.loss_function is not ForCausalLMLoss:
         return None
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
-        return None
-    if not _is_plain(model, head, ids):
+    linear = frozen_head(model)
+    if linear is None or not _is_plain(model, linear, ids):
         return None
     inputs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
-    batch = pack(model, inputs, padding_free)
-    hidden = model.base_model(**(batch.inputs if batch else inputs) | {"use_cache": False}).last_hidden_state
-    targets = labels[:, 1:].to(hidden.device)
-    mask = targets != -100
-    rows = hidden[0, batch.place[:, :-1][mask]] if batch else hidden[:, :-1][mask]
-    log_probs, _, _ = label_log_probs(rows.to(head.weight.dtype), head.weight, head.bias, targets[mask])
+    batch = labeled(model, (), inputs, labels, padding_free)
+    log_probs, _, _ = Head(linear).log_probs(batch.hidden(model.base_model), batch.targets)
     return CausalLMOutputWithPast(loss=-log_probs.sum() / kwargs["num_items_in_batch"])
 
 

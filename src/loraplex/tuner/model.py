@@ -14,9 +14,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
+from loraplex.adapters.contracts import Rate, SiteAdapter, SiteInit, check_rank
 from loraplex.errors import UserError, nearest
-from loraplex.tuner import closed_ranks, fused_head, label_loss, learning_rates, saving
+from loraplex.objectives.contracts import Objective
+from loraplex.tuner import (
+    closed_ranks,
+    fused_head,
+    label_loss,
+    learning_rates,
+    objective_forward,
+    objectives,
+    saving,
+)
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
@@ -45,7 +54,7 @@ class LoraplexTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PeftModel hands over a dict; a config alone comes from paths that keep the model and throw the tuner away
-        if isinstance(peft_config, AdapterConfig) and (reason := peft_config.typed_adapter.only_peft_model):
+        if isinstance(peft_config, AdapterConfig) and (reason := peft_config.only_peft_model):
             raise UserError(
                 f"adapter {peft_config.adapter} needs a PeftModel, because {reason}: "
                 "use get_peft_model or loraplex.load_adapter"
@@ -78,6 +87,7 @@ class LoraplexTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+            objectives.build(self, adapter_name)
             self._refuse_names_of_tensors()
         learning_rates.watch(self)
         closed_ranks.watch(self)
@@ -91,6 +101,7 @@ class LoraplexTuner(BaseTuner):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         learning_rates.watch(self)
         closed_ranks.watch(self)
+        objectives.watch(self)
 
     def _create_and_replace(
         self,
@@ -130,6 +141,10 @@ class LoraplexTuner(BaseTuner):
         if not torch.compiler.is_compiling():
             config = next(iter(self.peft_config.values()))
             assert isinstance(config, AdapterConfig)
+            if self.training and torch.is_grad_enabled():
+                objective = objectives.acting(self)
+                if objective is not None:
+                    return objective_forward.answer(self.model, objective, args, kwargs, config.padding_free)
             output = None
             if fused_head.enabled(kwargs):
                 output = fused_head.answer(self.model, args, kwargs, config.padding_free)
@@ -139,11 +154,32 @@ class LoraplexTuner(BaseTuner):
                 return output
         return self.model(*args, **kwargs)
 
-    def learning_rate_ratios(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """Yield the parameters that learn at another rate than the optimizer's, with the ratio."""
+    def rates(self) -> Iterator[tuple[nn.Parameter, Rate]]:
+        """Yield the parameters that do not learn as the optimizer says."""
+        yield from self.rates_of_adapters()
+        yield from self.rates_of_objectives()
+
+    def rates_of_adapters(self) -> Iterator[tuple[nn.Parameter, Rate]]:
+        """Yield those that belong to the factors of a site."""
         for layer in self.site_layers():
             for name in layer.loraplex_adapters:
-                yield from layer.adapter(name).factors.learning_rate_ratios()
+                yield from layer.adapter(name).factors.rates()
+
+    def rates_of_objectives(self) -> Iterator[tuple[nn.Parameter, Rate]]:
+        """Yield those that belong to an objective."""
+        for objective in self.objectives().values():
+            yield from objective.rates()
+
+    def objectives(self) -> dict[str, Objective]:
+        """Return the objectives that are attached, by the names of their adapters."""
+        return objectives.attached(self.loraplex_shared)
+
+    def detach_objective(self, adapter_name: str = "default") -> None:
+        """End an adapter's objective: its tensors are dropped, the loss is plain, the adapter is saved as it deploys.
+
+        Trainers do this at the end of training by themselves.
+        """
+        objectives.detach(self, adapter_name)
 
     def site_layers(self) -> Iterator[SiteLayer]:
         """Yield the layers that carry adapters, in the order of the base model's modules."""
@@ -172,6 +208,7 @@ class LoraplexTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter with all its tensors."""
+        self.detach_objective(adapter_name)
         super().delete_adapter(adapter_name)
         self.loraplex_shared.drop(adapter_name)
 

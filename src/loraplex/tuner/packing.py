@@ -48,9 +48,10 @@ def unsupported(model: nn.Module) -> str | None:
     return None
 
 
-def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str) -> Packed | None:
+def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str, *, always: bool = False) -> Packed | None:
     """Return the batch without padding, None where there is none to take out or the batch must stay as it is.
 
+    With `always`, a batch that has no padding is laid out in one row too.
     `inputs` are the keyword arguments of the backbone, `wanted` is True, False or 'auto'. A model on SDPA is switched
     to `PACKED_ATTENTION` once, which is SDPA for everything that is not packed; flash attention reads the borders
     itself and stays.
@@ -63,7 +64,7 @@ def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str) -> Packed
         return None
     if any(inputs.get(name) not in (None, False) for name in _ABSENT) or not inputs.keys() <= _UNDERSTOOD:
         return None
-    if bool(mask.all()):
+    if bool(mask.all()) and not always:
         return None
     reason = unsupported(model)
     if reason is None and not bool((mask[:, 1:] <= mask[:, :-1]).all()):

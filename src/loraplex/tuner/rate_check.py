@@ -1,4 +1,4 @@
-"""The callback by which a Trainer finds out that its optimizer cannot keep to learning rates of LoRA+'s kind."""
+"""The callback by which a Trainer finds out that its optimizer cannot keep to the learning rates that are asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraplex.tuner.model import LoraplexTuner
 
 
 class RateCheck(TrainerCallback):
-    """Stops a Trainer before the first step when its optimizer cannot keep to the ratios."""
+    """Stops a Trainer before the first step when its optimizer cannot keep to the rates."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look for the parameters in the groups of the optimizer.
@@ -24,12 +24,23 @@ class RateCheck(TrainerCallback):
         if model is None or optimizer is None:
             return
         tuners = [module for module in model.modules() if isinstance(module, LoraplexTuner)]
-        rated = [parameter for tuner in tuners for parameter, _ in tuner.learning_rate_ratios()]
+        rated = [parameter for tuner in tuners for parameter, _ in tuner.rates()]
         inner = getattr(optimizer, "optimizer", optimizer)
         held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
         lost = [parameter for parameter in rated if parameter.requires_grad and id(parameter) not in held]
         if lost or (rated and not isinstance(inner, torch.optim.Optimizer)):
             raise UserError(
-                f"loraplus_lr_ratio would have no effect: {type(inner).__name__} does not hold the adapter's own "
+                f"{_wanted(tuners)} would have no effect: {type(inner).__name__} does not hold the adapter's own "
                 "parameters in its groups; leave the option out, or train with an optimizer of torch's kind"
             )
+
+
+def _wanted(tuners: list[LoraplexTuner]) -> str:
+    """Return the options that ask for rates."""
+    of_adapters = any(True for tuner in tuners for _ in tuner.rates_of_adapters())
+    of_objectives = any(True for tuner in tuners for _ in tuner.rates_of_objectives())
+    return " and ".join(
+        name
+        for name, given in (("loraplus_lr_ratio", of_adapters), ("the objective's learning_rate", of_objectives))
+        if given
+    )

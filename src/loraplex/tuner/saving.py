@@ -56,7 +56,7 @@ def file_tensors(
     split = {_split(key, adapter_name): value for key, value in tensors.items()}
     if config.deployed is Deployed.OWN:
         # transformers' loader would report gates that are not in the file as missing
-        every = config.live or not config.typed_adapter.only_peft_model
+        every = config.live or not config.only_peft_model
         return {
             _own_key(*place): value for place, value in split.items() if every or not _is_open_gate(place[-1], value)
         }

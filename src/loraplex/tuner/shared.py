@@ -38,6 +38,13 @@ class SharedTensors(nn.ModuleDict):
         if adapter_name in self:
             del self[adapter_name]
 
+    def drop_key(self, adapter_name: str, key: str) -> None:
+        """Forget one of the adapter's modules, and the adapter where it has no other."""
+        modules = self._modules_of(adapter_name)
+        del modules[key]
+        if not modules:
+            del self[adapter_name]
+
     def requires_grad(self, adapter_names: Collection[str], wanted: bool) -> None:
         """Switch the gradients of these adapters on or off."""
         for name in adapter_names:

@@ -1,0 +1,143 @@
+"""Which forward pass is running, where the sites of a model can see it, also when a checkpoint runs a block again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loraplex.adapters.contracts import BaseWeight, SiteAdapter, SiteInput
+from loraplex.errors import UserError
+
+_FUNCTION = "_gradient_checkpointing_func"
+"""Attribute of a transformers module: the function that runs its forward under a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, and what it puts into the sites."""
+
+    tokens: int = 0
+    """Tokens that go through every site."""
+    rows: Tensor | None = None
+    """(n,) positions that get input."""
+    sample: Tensor | None = None
+    """(n,) which of the samples of `values` a position gets."""
+    form: str = ""
+    """How the input enters: additive, multiplicative, output."""
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """Site name → (samples, r), or (samples, out) for form output."""
+    fresh: Callable[[], Mapping[str, Tensor]] | None = None
+    """Computes `values` once more."""
+
+
+@dataclass
+class Stage:
+    """Holds the pass that is running, None between passes."""
+
+    owner: str
+    """Whose passes they are, for messages."""
+    current: Pass | None = None
+
+    @contextlib.contextmanager
+    def running(self, current: Pass | None) -> Iterator[None]:
+        """Let this be the pass that is running, within the context."""
+        before, self.current = self.current, current
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+@dataclass
+class Port(SiteInput):
+    """What a site takes from the pass that is running; a training forward outside of any is an error."""
+
+    stage: Stage
+    site: str
+
+    def change(self, y: Tensor, dropped: Tensor, adapter: SiteAdapter, base: BaseWeight) -> Tensor:
+        """Return y with the input of this site at the rows that get it.
+
+        additive: a' = a + v; multiplicative: a' = a ⊙ (1 + v), a = drop(x) Aᵀ in the rank space; output: y' = y + v.
+
+        Raises:
+            UserError: when gradients are wanted of a forward pass that the objective knows nothing of.
+        """
+        current = self.stage.current
+        if current is None:
+            if torch.is_grad_enabled():
+                raise UserError(
+                    f"{self.stage.owner} could not act at {self.site}: this training forward did not come through "
+                    "loraplex's tuner; give the adapter task_type='CAUSAL_LM', call the PEFT model itself, and leave "
+                    "gradient checkpointing to transformers"
+                )
+            return y
+        values = current.values.get(self.site)
+        if values is None:
+            return y
+        assert current.rows is not None
+        assert current.sample is not None
+        flat, rows = y.reshape(-1, y.shape[-1]), current.rows.to(y.device)
+        if len(flat) != current.tokens:
+            raise UserError(
+                f"{self.stage.owner} cannot act at {self.site}: it gets {len(flat)} of the batch's {current.tokens} "
+                "tokens; leave its block out of the targets"
+            )
+        values, sample = values.to(y.device), current.sample.to(y.device)
+        if current.form == "additive":
+            change = adapter.combine.from_ranks(values, base, adapter.factors)[sample]
+        elif current.form == "multiplicative":
+            a, _ = adapter.factors.rank_space()
+            low = F.linear(dropped.reshape(-1, dropped.shape[-1])[rows].to(a.dtype), a)
+            change = adapter.combine.from_ranks(low * values[sample], base, adapter.factors)
+        else:
+            change = values[sample]
+        return flat.index_add(0, rows, change.to(y.dtype)).view(y.shape)
+
+
+@dataclass
+class _Carrying:
+    """A checkpoint function under which a block runs again in the pass in which it ran first."""
+
+    function: Callable[..., Any]
+    stage: Stage
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        current, reentrant = self.stage.current, False
+
+        def again(*inner: Any, **options: Any) -> Any:
+            nonlocal reentrant
+            chosen = current
+            if reentrant and current is not None and current.fresh is not None:
+                # this block has a backward pass of its own, which would free what the values of all blocks share
+                chosen = replace(current, values=current.fresh())
+            reentrant = not torch.is_grad_enabled()
+            with self.stage.running(chosen):
+                return run(*inner, **options)
+
+        return self.function(again, *args, **kwargs)
+
+
+def carry_through_checkpoints(model: nn.Module, stage: Stage) -> None:
+    """Let every block that is checkpointed now run again in its own pass.
+
+    transformers checkpoints a block's forward, outside of which its hooks are: they do not run again with it.
+    """
+    for module in model.modules():
+        function = module.__dict__.get(_FUNCTION)
+        if function is not None and not isinstance(function, _Carrying):
+            setattr(module, _FUNCTION, _Carrying(function, stage))
+
+
+def stop_carrying(model: nn.Module) -> None:
+    """Give the blocks their own checkpoint functions back."""
+    for module in model.modules():
+        function = module.__dict__.get(_FUNCTION)
+        if isinstance(function, _Carrying):
+            setattr(module, _FUNCTION, function.function)

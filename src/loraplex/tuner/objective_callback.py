@@ -1,0 +1,66 @@
+"""The callback by which every Trainer drives an objective: how far it is, what is logged, when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loraplex.errors import UserError
+from loraplex.objectives.contracts import Objective
+from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.objectives import name_of
+
+_REWEIGHTING = ("dft",)
+"""Losses of SFTTrainer that are computed out of the model's log-probabilities."""
+
+
+class ObjectiveCallback(TrainerCallback):
+    """Acts only on models that carry an adapter of ours with an objective."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the number of steps, and refuse what would change the loss behind the objective's back.
+
+        Raises:
+            UserError: for a loss of the trainer's that is computed out of the model's (TRL's dft).
+        """
+        for name, objective in _objectives(kwargs.get("model")):
+            kind = getattr(args, "loss_type", None)
+            if kind in _REWEIGHTING:
+                raise UserError(
+                    f"loss_type is '{kind}', which reweights the loss of the objective '{name}': leave it at 'nll', or "
+                    "set the adapter's objective to plain"
+                )
+            objective.total = state.max_steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the step."""
+        for _, objective in _objectives(kwargs.get("model")):
+            objective.step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the parts of the loss to what is logged, for whoever logs after this."""
+        if not logs or "loss" not in logs:
+            return
+        for name, objective in _objectives(kwargs.get("model")):
+            parts = {f"{name}/{part}": value for part, value in objective.report().items()}
+            logs.update(parts)
+            state.log_history[-1].update(parts)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the objective: what is saved after training is the adapter alone."""
+        for tuner in _tuners(kwargs.get("model")):
+            for adapter_name in tuner.objectives():
+                tuner.detach_objective(adapter_name)
+
+
+def _tuners(model: Any) -> Iterator[LoraplexTuner]:
+    if model is not None:
+        yield from (module for module in model.modules() if isinstance(module, LoraplexTuner))
+
+
+def _objectives(model: Any) -> Iterator[tuple[str, Objective]]:
+    for tuner in _tuners(model):
+        for adapter_name, objective in tuner.objectives().items():
+            yield name_of(tuner, adapter_name), objective

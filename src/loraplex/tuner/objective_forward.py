@@ -1,0 +1,223 @@
+"""A training forward under an objective: the batch as the objective sees it, and its loss as the trainer reads it.
+
+TRL's trainers get the fields of their fused head, everybody else an output with the loss alone. What an objective
+cannot work under is refused here, in the first step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from loraplex.errors import UserError
+from loraplex.kernels.distilled_head import Distilled, Weights, distilled_log_probs
+from loraplex.kernels.packed_attention import KeyMemory
+from loraplex.objectives.contracts import Again, Batch, Objective
+from loraplex.tuner import fused_head, second_pass
+from loraplex.tuner.labeled import IGNORED, Head, Labeled, frozen_head, labeled
+
+_PROBE_TOKENS = 4
+_checked: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()
+"""Heads whose logits have been compared with the model's own."""
+_REMEDY = "or set the adapter's objective to plain"
+
+
+def answer(
+    model: nn.Module, objective: Objective, args: tuple[Any, ...], kwargs: dict[str, Any], padding_free: bool | str
+) -> Any:
+    """Return the output of a training forward: the loss is the objective's.
+
+    Raises:
+        UserError: when the caller asks for something that the objective's loss is not, or the model is not one whose
+            logits are a frozen linear map of its last hidden state; and whatever the objective raises.
+    """
+    labels = kwargs.get("labels")
+    if not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
+        raise UserError(
+            "an objective needs the labels in every training forward, and this trainer keeps them to compute a loss of "
+            "its own (label_smoothing_factor, compute_loss_func, DPO, GRPO, KTO, context parallelism): use the loss of "
+            f"Trainer or SFTTrainer, {_REMEDY}"
+        )
+    if labels.ndim != 2 or args:
+        raise UserError(
+            "an objective needs a causal language model, called with keyword arguments and one label per token, not "
+            f"labels of shape {tuple(labels.shape)} with {len(args)} positional arguments: {_REMEDY[3:]}"
+        )
+    _refuse_other_outputs(model, kwargs)
+    fused = fused_head.enabled(kwargs)
+    backbone, head = _backbone_and_head(model, kwargs)
+    inputs = {key: value for key, value in kwargs.items() if key not in fused_head.OF_THE_HEAD}
+    reuse = second_pass.can_look_back(model)
+    batch = TrainingBatch(labeled(model, (), inputs, labels, padding_free, always=reuse), labels, backbone, head, reuse)
+    objective.agree(batch.labeled.targets.device)
+    outcome = objective.loss(batch)
+    items = kwargs.get("num_items_in_batch")
+    if fused:
+        return fused_head.output(batch.labeled.mask, outcome.log_probs, outcome.entropy, outcome.top, items)
+    total = len(outcome.log_probs) or 1 if items is None else items
+    return CausalLMOutputWithPast(loss=-outcome.log_probs.sum() / total)
+
+
+def _refuse_other_outputs(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    config = getattr(model, "config", None)
+    routers = kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False)
+    for name, given in (("output_router_logits", routers), ("return_dict=False", kwargs.get("return_dict") is False)):
+        if given:
+            raise UserError(f"an objective computes no output for {name}: leave it out, {_REMEDY}")
+
+
+def _backbone_and_head(model: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Module, Head]:
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"an objective needs a model of transformers, not a {type(model).__name__}: {_REMEDY[3:]}")
+    linear = frozen_head(model)
+    if linear is None:
+        raise UserError(
+            f"an objective needs a language-model head that is linear and frozen, which {type(model).__name__}'s is "
+            f"not: leave it out of modules_to_save and the targets, {_REMEDY}"
+        )
+    if fused_head.enabled(kwargs):
+        settings = fused_head.settings_of(model)
+        if settings is None:
+            raise UserError(
+                "this trainer asks the model's head for more than the log-probabilities of the labels (DPO, GRPO, KTO, "
+                f"a temperature): use SFTTrainer, {_REMEDY}"
+            )
+        head = Head(linear, settings["logit_scale"], settings["final_logit_softcapping"])
+        return getattr(model, settings["backbone_attr"]), head
+    return model.base_model, _checked_head(model, linear, kwargs.get("input_ids"))
+
+
+def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Any) -> Head:
+    """Return the head with the scale and cap of the model's config, once its logits have been seen to be the model's.
+
+    Raises:
+        UserError: when they are not.
+    """
+    if model not in _checked or _checked[model].linear is not linear:
+        head = Head(linear, *_scale_and_cap(model.config.get_text_config()))
+        if not isinstance(ids, Tensor) or not _is_the_models(model, head, ids):
+            raise UserError(
+                f"the logits of {type(model).__name__} are not those of its head with the scale and cap in its config: "
+                f"train with SFTTrainer, {_REMEDY}"
+            )
+        _checked[model] = head
+    return _checked[model]
+
+
+def _scale_and_cap(config: Any) -> tuple[float, float | None]:
+    """Return what the models of transformers multiply their logits with, and the cap, by the names they give them."""
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value is not None:
+            inverse = name == "logits_scaling" and config.model_type != "hyperclovax"
+            scale = 1 / value if inverse else value
+            break
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _is_the_models(model: PreTrainedModel, head: Head, ids: Tensor) -> bool:
+    seen: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    training = model.training
+    try:
+        # as it evaluates: nothing of the objective's acts, no dropout draws
+        model.eval()
+        with torch.no_grad():
+            logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits.float()
+            mine = head.linear(seen[-1].to(head.linear.weight)).float() * head.scale
+    finally:
+        hook.remove()
+        model.train(training)
+    if head.softcap is not None:
+        mine = torch.tanh(mine / head.softcap) * head.softcap
+    return mine.shape == logits.shape and torch.allclose(mine, logits, 1e-2, 1e-3)
+
+
+@dataclass
+class TrainingBatch(Batch):
+    """A batch as an objective sees it; see `Batch`."""
+
+    labeled: Labeled
+    labels: Tensor
+    backbone: nn.Module
+    head: Head
+    reuse: bool = False
+    """Whether a second pass may look back at the first one."""
+    memory: KeyMemory | None = None
+
+    def __post_init__(self) -> None:
+        """Lay the tokens in one row."""
+        device = self.labeled.targets.device
+        inputs, packed, mask = self.labeled.inputs, self.labeled.packed, self.labeled.mask
+        learned = (self.labels != IGNORED).to(device)
+        if packed is not None:
+            lengths = inputs["cu_seq_lens_q"].diff().to(device)
+            self.sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+            place = packed.place.to(device)
+            self.real = torch.ones_like(self.sequence, dtype=torch.bool)
+            self.rows = place[:, :-1][mask]
+            within = torch.arange(place.shape[1], device=device) < lengths[:, None]
+            self.answer = learned[within]
+        else:
+            self.sequence = _sequences(inputs, self.labels.shape, device)
+            attention = inputs.get("attention_mask")
+            if attention is not None and attention.shape != self.labels.shape:
+                raise UserError(
+                    f"an objective needs an attention mask of shape {tuple(self.labels.shape)} like the labels, not "
+                    f"{tuple(attention.shape)}: {_REMEDY[3:]}"
+                )
+            real = torch.ones_like(learned) if attention is None else attention.bool().to(device)
+            self.real, self.answer = real.flatten(), learned.flatten()
+            self.rows = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]
+        self.sequences = int(self.sequence[-1]) + 1
+
+    def hidden(self, *, keep: bool = False) -> Tensor:
+        """Run the backbone once and return its last hidden states at `rows`, (n, d); see `Batch`."""
+        if not (keep and self.reuse and self.labeled.packed is not None):
+            return self.labeled.hidden(self.backbone)
+        self.memory = KeyMemory()
+        return self.labeled.hidden(self.backbone, key_memory=self.memory)
+
+    def again(self, sequences: Tensor, *, in_full: bool = False) -> Again:
+        """Return the second pass; see `Batch`."""
+        chosen = sequences[self.sequence[self.rows]].nonzero()[:, 0]
+        rows = self.rows[chosen]
+        if in_full or self.memory is None or not len(rows):
+            return Again(len(self.sequence), rows, chosen, lambda: self.labeled.hidden(self.backbone)[chosen])
+        return second_pass.looking_back(self.backbone, self.labeled.inputs, self.memory, self.sequence, rows, chosen)
+
+    def log_probs(self, hidden: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log p(label), entropy and whether the label is on top, each (n,); see `Batch`."""
+        return self.head.log_probs(hidden, self._targets(chosen))
+
+    def distilled(self, teacher: Tensor, student: Tensor, weights: Weights, chosen: Tensor | None = None) -> Distilled:
+        """Return the fields of `distilled_log_probs`, each (n,); see `Batch`."""
+        weight, head = self.head.linear.weight, self.head
+        teacher, student = (hidden.to(weight.device, weight.dtype) for hidden in (teacher, student))
+        bias, targets = head.linear.bias, self._targets(chosen)
+        return distilled_log_probs(teacher, student, weight, bias, targets, weights, head.scale, head.softcap)
+
+    def _targets(self, chosen: Tensor | None) -> Tensor:
+        return self.labeled.targets if chosen is None else self.labeled.targets[chosen]
+
+
+def _sequences(inputs: dict[str, Any], shape: torch.Size, device: torch.device) -> Tensor:
+    """Return (N,) the number of every token's sequence: its row, or what a padding-free batch says of its one row."""
+    rows, length = shape
+    tokens = torch.arange(rows * length, device=device)
+    if inputs.get("attention_mask") is None:
+        borders, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
+        if borders is not None:
+            return torch.bucketize(tokens, borders[1:].to(device), right=True)
+        if positions is not None and positions.shape == shape:
+            start = torch.ones(shape, dtype=torch.bool, device=device)
+            start[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).to(device)
+            return start.flatten().cumsum(0) - 1
+    return tokens // length
