@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from loraplex.kernels.label_head import LOGITS_AT_ONCE
+from loraplex.kernels.label_head import LOGITS_AT_ONCE, head_logits, through_head
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Distilled(torch.autograd.Function):
         step = max(1, LOGITS_AT_ONCE // (2 * weight.shape[0]))
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
-            z_t, z_s = (_logits(h[part], weight, bias, dtype, scale, softcap) for h in (teacher, student))
+            z_t, z_s = (head_logits(h[part], weight, bias, dtype, scale, softcap) for h in (teacher, student))
             label = labels[part, None]
             log_t, log_s = torch.log_softmax(z_t, 1), torch.log_softmax(z_s, 1)
             chosen_t, chosen_s = log_t.gather(1, label)[:, 0], log_s.gather(1, label)[:, 0]
@@ -102,9 +101,7 @@ class _Distilled(torch.autograd.Function):
             dz_s = p_s.neg_().scatter_add_(1, label, ones).mul_(weights.student)
             dz_s -= weights.distillation * d_divergence
             for unit, dz, z in zip(units, (dz_t, dz_s), (z_t, z_s), strict=True):
-                if softcap is not None:
-                    dz *= 1 - (z / softcap).square()
-                unit[part] = (dz.mul_(scale) if scale != 1.0 else dz).to(weight.dtype) @ weight
+                unit[part] = through_head(dz, z, weight, scale, softcap)
         objective, *parts = fields
         ctx.mark_non_differentiable(*parts, top)
         ctx.save_for_backward(*units)
@@ -114,15 +111,6 @@ class _Distilled(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         teacher, student = ((upstream[0][:, None] * unit).to(unit.dtype) for unit in ctx.saved_tensors)
         return teacher, student, None, None, None, None, None, None
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, softcap: float | None
-) -> Tensor:
-    z = F.linear(hidden, weight, bias).to(dtype)
-    if scale != 1.0:
-        z = z * scale
-    return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
 def _divergence(z_t: Tensor, z_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,23 @@ def label_log_probs(
     return log_probs, entropy, top
 
 
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, softcap: float | None
+) -> Tensor:
+    """Return z (n, V) = cap(scale · (hidden Wᵀ + b)) in `dtype`; see `label_log_probs`."""
+    z = F.linear(hidden, weight, bias).to(dtype)
+    if scale != 1.0:
+        z *= scale
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
+def through_head(dz: Tensor, z: Tensor, weight: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return the gradient (n, d) of the hidden states from that of z = `head_logits`, (n, V), which is overwritten."""
+    if softcap is not None:
+        dz *= 1 - (z / softcap).square()
+    return (dz.mul_(scale) if scale != 1.0 else dz).to(weight.dtype) @ weight
+
+
 class _LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,11 +72,7 @@ class _LabelLogProbs(torch.autograd.Function):
         step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
-            z = F.linear(hidden[part], weight, bias).to(dtype)
-            if scale != 1.0:
-                z *= scale
-            if softcap is not None:
-                z = torch.tanh(z / softcap) * softcap
+            z = head_logits(hidden[part], weight, bias, dtype, scale, softcap)
             chosen = z.gather(1, labels[part, None])[:, 0]
             top[part] = z.argmax(1) == labels[part]
             norm = torch.logsumexp(z, dim=1)
@@ -67,11 +80,9 @@ class _LabelLogProbs(torch.autograd.Function):
             p = (z - norm[:, None]).exp_()
             entropy[part] = norm - torch.linalg.vecdot(p, z)
             if unit is not None:
-                # ∂ log p(label) / ∂z = onehot − p, through the cap and the scale, then through the head
+                # ∂ log p(label) / ∂z = onehot − p
                 dz = p.neg_().scatter_add_(1, labels[part, None], torch.ones_like(norm)[:, None])
-                if softcap is not None:
-                    dz *= 1 - (z / softcap).square()
-                unit[part] = (dz.mul_(scale) if scale != 1.0 else dz).to(weight.dtype) @ weight
+                unit[part] = through_head(dz, z, weight, scale, softcap)
         ctx.mark_non_differentiable(entropy, top)
         ctx.save_for_backward(unit)
         return log_probs, entropy, top
