@@ -20,6 +20,7 @@ from torch import Tensor
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method
 from loraplex.allocation.budget import Budget
 from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
+from loraplex.allocation.proxies import evaluating, mean_over_processes
 from loraplex.errors import UserError
 
 
@@ -142,38 +143,34 @@ def _mean(values: Sequence[float]) -> float:
 def _importance(scene: Scene, groups: Mapping[str, list[Candidate]]) -> dict[tuple[str, int], float]:
     """Return IS of every open rank by (group, rank); 2·(open ranks) + 1 passes over the batches."""
     kept = {candidate.name: candidate.gate.clone() for candidate in scene.candidates}
-    was_training = scene.model.training
     open_ranks = [(g, int(k)) for g, members in groups.items() for k in members[0].gate.nonzero().flatten()]
     scene.say(f"AB-LoRA: {len(open_ranks)} ranks, {2 * len(open_ranks) + 1} passes over {len(scene.batches)} batches")
 
     def fidelity() -> float:
-        losses = torch.stack([scene.loss(batch).double() for batch in scene.batches])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(losses)
-            losses /= torch.distributed.get_world_size()
-        return -float(losses.mean())
+        loss = torch.stack([scene.loss(batch).double() for batch in scene.batches]).mean()
+        mean_over_processes([loss])
+        return -float(loss)
 
     def put_back() -> None:
         for candidate in scene.candidates:
             candidate.gate.copy_(kept[candidate.name])
 
-    scene.model.eval()
     try:
-        whole, found = fidelity(), {}
-        for group, rank in open_ranks:
-            for candidate in groups[group]:
-                candidate.gate[rank] = 0
-            without = fidelity()
-            for candidate in scene.candidates:
-                candidate.gate.zero_()
-            for candidate in groups[group]:
-                candidate.gate[rank] = 1
-            found[group, rank] = whole - without + fidelity()
-            put_back()
+        with evaluating(scene.model):
+            whole, found = fidelity(), {}
+            for group, rank in open_ranks:
+                for candidate in groups[group]:
+                    candidate.gate[rank] = 0
+                without = fidelity()
+                for candidate in scene.candidates:
+                    candidate.gate.zero_()
+                for candidate in groups[group]:
+                    candidate.gate[rank] = 1
+                found[group, rank] = whole - without + fidelity()
+                put_back()
         return found
     finally:
         put_back()
-        scene.model.train(was_training)
 
 
 REGISTRY.add(

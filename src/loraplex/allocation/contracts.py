@@ -108,6 +108,8 @@ class Allocator(ABC):
 
     moves_ranks = True
     """Whether ranks are opened or closed at all, so that somebody has to drive it."""
+    batches = 1
+    """How many batches a revision looks at."""
 
     def allocated_rank(self, rank: int) -> int:
         """Return how many ranks a site is built with that starts with `rank` open ones."""

@@ -55,7 +55,8 @@ def score(proxy: str, scene: Scene, how: Scoring) -> Scores:
         UserError: when a frozen weight that is asked for is quantized.
     """
     if proxy == "constant":
-        return {candidate.name: 1.0 for candidate in scene.candidates}
+        # nothing to look at, and no size to divide by
+        return constant(scene, how)
     with _set_aside(scene), _drawn(scene, how):
         found = PROXIES[proxy](scene, how)
     if how.normalize == "none":
@@ -152,7 +153,7 @@ def grasp(scene: Scene, how: Scoring) -> Scores:
         for batch in scene.batches:
             gradients = torch.autograd.grad(scene.loss(batch) / count, every, allow_unused=True)
             first = [g if new is None else g + new for g, new in zip(first, gradients, strict=True)]
-        _sum_over_processes(first)
+        mean_over_processes(first)
         second = [torch.zeros_like(tensor) for tensor in every]
         for batch in scene.batches:
             gradients = torch.autograd.grad(scene.loss(batch) / count, every, create_graph=True, allow_unused=True)
@@ -161,7 +162,7 @@ def grasp(scene: Scene, how: Scoring) -> Scores:
             if product.requires_grad:
                 found = torch.autograd.grad(product, every, allow_unused=True)
                 second = [h if new is None else h + new for h, new in zip(second, found, strict=True)]
-        _sum_over_processes(second)
+        mean_over_processes(second)
     products = dict(zip(map(id, every), second, strict=True))
     return {
         name: -sum(float((tensor.detach().double() * products[id(tensor)].double()).sum()) for tensor in group)
@@ -181,7 +182,7 @@ def alpha_test(scene: Scene, how: Scoring) -> Scores:
     @torch.no_grad()
     def loss() -> float:
         total = torch.stack([scene.loss(batch).double() for batch in scene.batches]).mean()
-        _sum_over_processes([total])
+        mean_over_processes([total])
         return float(total)
 
     allowed = (1 + how.tolerance) * loss()
@@ -197,6 +198,11 @@ def alpha_test(scene: Scene, how: Scoring) -> Scores:
     return scores
 
 
+def constant(scene: Scene, how: Scoring) -> Scores:
+    """1 everywhere, which leaves the choice to chance."""
+    return {candidate.name: 1.0 for candidate in scene.candidates}
+
+
 PROXIES: dict[str, Callable[[Scene, Scoring], Scores]] = {
     "grad_norm": grad_norm,
     "snip": snip,
@@ -204,7 +210,7 @@ PROXIES: dict[str, Callable[[Scene, Scoring], Scores]] = {
     "fisher": fisher,
     "grasp": grasp,
     "alpha_test": alpha_test,
-    "constant": lambda scene, how: {candidate.name: 1.0 for candidate in scene.candidates},
+    "constant": constant,
 }
 
 
@@ -226,7 +232,7 @@ def _of_gradients(
     for candidate in scene.candidates:
         tensors = _tensors(candidate, how)
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
-        _sum_over_processes(gradients)
+        mean_over_processes(gradients)
         scores[candidate.name] = norms(tensors, gradients)
     return scores
 
@@ -236,7 +242,8 @@ def _tensors(candidate: Candidate, how: Scoring) -> list[Tensor]:
     return [candidate.weight()] if how.of == "frozen" else list(candidate.parameters())
 
 
-def _sum_over_processes(tensors: Sequence[Tensor]) -> None:
+def mean_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over the processes of a distributed run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
@@ -262,16 +269,15 @@ def _set_aside(scene: Scene) -> Iterator[None]:
     gates = [(candidate.gate, candidate.gate.clone()) for candidate in scene.candidates]
     gradients = [(parameter, parameter.grad) for parameter in scene.model.parameters()]
     flags = [(parameter, parameter.requires_grad) for parameter in scene.model.parameters()]
-    modes = [(module, module.training) for module in scene.model.modules()]
     try:
         for gate, _ in gates:
             gate.fill_(1)
         for parameter, _ in gradients:
             parameter.grad = None
         # recomputing activations is for training only, so it stays in training mode where it is on
-        if not getattr(scene.model, "is_gradient_checkpointing", False):
-            scene.model.eval()
-        with torch.random.fork_rng(), torch.enable_grad():
+        quiet = not getattr(scene.model, "is_gradient_checkpointing", False)
+        mode = evaluating(scene.model) if quiet else contextlib.nullcontext()
+        with mode, torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(scene.seed % 2**63)
             yield
     finally:
@@ -281,6 +287,16 @@ def _set_aside(scene: Scene) -> Iterator[None]:
             parameter.grad = gradient
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back into its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
         for module, mode in modes:
             module.training = mode
 
