@@ -95,10 +95,9 @@ def _difference_to_stock_peft(recipe: Recipe, adapter: Path, examples: Sequence[
     Raises:
         UserError: when it is not negligible.
     """
-    import torch
-
     from loraplex.data.tokenization import prompt_ids
     from loraplex.models.adapted import load_adapted
+    from loraplex.models.agreement import model_logits
     from loraplex.models.loading import load_tokenizer, resolve_model
     from loraplex.models.stock_peft import stock_logits
 
@@ -106,8 +105,7 @@ def _difference_to_stock_peft(recipe: Recipe, adapter: Path, examples: Sequence[
     theirs = stock_logits(resolve_model(recipe.model.name), str(adapter), rows)
     # On the CPU like the other side, whatever trained it.
     model = load_adapted(str(adapter), dtype="float32").cpu()
-    with torch.inference_mode():
-        ours = [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
+    ours = model_logits(model, rows)
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     if not difference <= LARGEST_DIFFERENCE:
         raise UserError(f"stock PEFT computes something else with '{adapter}': logits differ by {difference:.2g}")

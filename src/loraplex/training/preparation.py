@@ -22,8 +22,7 @@ from loraplex.training.recipe import Recipe
 from loraplex.training.stock import Allocating, allocates, stock_config
 from loraplex.training.trainer import FiniteWatch, RunTrainer, Sealing
 from loraplex.tuner.config import AdapterConfig
-
-IGNORED = -100
+from loraplex.tuner.labeled import IGNORED
 
 
 @dataclass(frozen=True)

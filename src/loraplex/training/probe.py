@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from loraplex.cache import nothing_kept
-from loraplex.training.preparation import IGNORED, add_adapter
+from loraplex.training.preparation import add_adapter
 from loraplex.training.recipe import Recipe
+from loraplex.tuner.labeled import IGNORED
 
 # The smallest vocabulary that holds the tokens of the probe: the head is reckoned by itself.
 VOCABULARY = 8
