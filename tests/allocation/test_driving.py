@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.allocation.scenes import batches
 from tests.tuner.tiny_models import llama
+from tests.tuner.trainer_arguments import arguments as defaults
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -34,21 +35,8 @@ def adapted(allocation: Any, **fields: Any) -> PeftModel:
 
 
 def arguments(folder: Path, **changed: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "learning_rate": 3e-2,
-            "weight_decay": 0.1,
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "report_to": [],
-            "seed": 3,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **changed,
-        }
-    )
+    own = {"learning_rate": 3e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2, "seed": 3, **changed}
+    return TrainingArguments(**defaults(folder, **own))
 
 
 def train(model: PeftModel, folder: Path, resume: str | None = None, **changed: Any) -> Trainer:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.tuner.tiny_models import move
 from transformers import AutoModelForCausalLM
 
 from loraplex import AdapterConfig, UserError
@@ -16,11 +17,7 @@ from loraplex.tuner.layer import SiteLayer
 
 def saved(config: Any, base: Path, folder: Path, change: Any = None) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    move(model, seed=3)
     if change is not None:
         change(model)
     model.save_pretrained(str(folder))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.tuner.tiny_models import move
 from transformers import AutoModelForCausalLM
 
 from loraplex import AdapterConfig
@@ -23,11 +24,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
         given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
         config = LoraConfig(**given) if stock else AdapterConfig(**{"seed": 1, "alpha": 6, **given})
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        move(model, seed=2)
         if change is not None:
             change(model)
         folder = tmp_path / "adapter"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.objectives.echoing import BLOCKS, BOUNDARIES, echoing, items, objective_of, options, padded, rows, targets_of
 from tests.reference import echo as oracle
 from tests.tuner.tiny_models import VOCABULARY, config, llama, logits, same
+from tests.tuner.trainer_arguments import arguments as defaults
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -39,11 +40,7 @@ def data():
 
 
 def arguments(folder, **overrides):
-    return {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 7,
-        "weight_decay": 0.1, **overrides,
-    }  # fmt: skip
+    return defaults(folder, **{"max_steps": 4, "weight_decay": 0.1, **overrides})
 
 
 def fresh(objective=RANDOM, adapter="lora", dtype=torch.float32, **fields):

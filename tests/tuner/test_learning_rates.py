@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tests.tuner.tiny_models import llama
+from tests.tuner.trainer_arguments import arguments as defaults
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -29,24 +30,8 @@ def model(**options: Any) -> PeftModel:
 
 
 def arguments(folder: Path, **changed: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 2,
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "report_to": [],
-            "seed": 3,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **changed,
-        }
-    )
+    own = {"weight_decay": 0.1, "warmup_steps": 2, "per_device_train_batch_size": 2, "seed": 3, **changed}
+    return TrainingArguments(**defaults(folder, **own))
 
 
 def trained(tensors: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.tuner.tiny_models import KINDS, VOCABULARY, adapted, bert, build, config, frozen_copy, llama, logits, same
+from tests.tuner.trainer_arguments import arguments
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -34,14 +35,6 @@ def rows(count=48, length=10):
     starts = torch.randint(2, 30, (count,), generator=torch.Generator().manual_seed(0))
     ids = [[int(start) + step for step in range(length)] for start in starts]
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
-def arguments(folder, **overrides):
-    defaults = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 7,
-    }  # fmt: skip
-    return {**defaults, **overrides}
 
 
 def losses(trainer):
