@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from loraplex.training.trainer import RunTrainer
-from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.model import tuners_in
 
 
 def flops_per_token(trainer: RunTrainer) -> float:
@@ -37,6 +37,6 @@ def flops_per_token(trainer: RunTrainer) -> float:
 
 def _kinds_of_steps(model: nn.Module) -> list[tuple[float, AbstractContextManager[None]]]:
     """Return the kinds of steps that the objective draws, if the model has one, and how often each occurs."""
-    tuners = [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+    tuners = tuners_in(model)
     objectives = [objective for tuner in tuners for objective in tuner.objectives().values()]
     return objectives[0].kinds_of_steps() if objectives else [(1.0, nullcontext())]

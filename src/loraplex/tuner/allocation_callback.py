@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from loraplex.allocation.contracts import Batch
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.drive import Drive
-from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.model import tuners_in
 
 logger = logging.getLogger("loraplex.allocation")
 HISTORY = "allocation"
@@ -34,7 +33,7 @@ class AllocationCallback(TrainerCallback):
             return
         per_epoch = max(1, len(loader) // args.gradient_accumulation_steps) if hasattr(loader, "__len__") else 0
         batches = _Batches(loader, args.per_device_train_batch_size)
-        for tuner in _tuners(model):
+        for tuner in tuners_in(model):
             for name in tuner.active_adapters:
                 config = tuner.peft_config[name]
                 assert isinstance(config, AdapterConfig)
@@ -81,10 +80,6 @@ class _Batches:
                 ordered = DataLoader(dataset, batch_size=self.size, collate_fn=self.loader.collate_fn)
                 self.kept = list(islice(iter(ordered), count))
         return self.kept[:count]
-
-
-def _tuners(model: nn.Module) -> list[LoraplexTuner]:
-    return [module for module in model.modules() if isinstance(module, LoraplexTuner)]
 
 
 def decisions(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

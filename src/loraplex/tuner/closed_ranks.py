@@ -8,7 +8,6 @@ taken out of the step; of the others the closed rows of A and columns of B are p
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from loraplex.adapters.contracts import Factors
 from loraplex.errors import UserError
+from loraplex.tuner import every_trainer
 
 if TYPE_CHECKING:
     from loraplex.tuner.model import LoraplexTuner
 
 _tuners: weakref.WeakSet[LoraplexTuner] = weakref.WeakSet()
 _installed: list[Any] = []
-driven: weakref.WeakKeyDictionary[LoraplexTuner, set[str]] = weakref.WeakKeyDictionary()
-"""The adapters of a tuner whose allocation is under way."""
+driven: weakref.WeakKeyDictionary[LoraplexTuner, dict[str, list[Factors]]] = weakref.WeakKeyDictionary()
+"""The adapters of a tuner whose allocation is under way, with the factors of their sites."""
 
 
 class _Seen:
@@ -43,44 +43,45 @@ _kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
 def watch(tuner: LoraplexTuner) -> None:
     """From now on optimizers leave the closed ranks of `tuner` alone, if its ranks may close."""
-    if not any(config.typed_allocation.moves_ranks for config in tuner.peft_config.values()):  # type: ignore[attr-defined]
+    if not any(_moves(config) for config in tuner.peft_config.values()):
         return
     _tuners.add(tuner)
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_pre_hook))
         _installed.append(register_optimizer_step_post_hook(_post_hook))
-        # not above: transformers may be half imported when PEFT imports the tuner
-        from transformers.trainer import DEFAULT_CALLBACKS
-
         from loraplex.tuner.allocation_callback import AllocationCallback
 
-        callbacks: list[Any] = DEFAULT_CALLBACKS
-        callbacks.append(AllocationCallback)
+        every_trainer.join(AllocationCallback)
 
 
 def _pre_hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     _kept.clear()
+    if not _tuners:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for tuner in _tuners:
-        for name, factors in _moving(tuner):
-            tensors = [(p, dim) for p, dim in factors.along_ranks() if id(p) in held]
-            if not tensors:
-                continue
-            if name not in driven.get(tuner, ()):
+        under_way = driven.get(tuner, {})
+        for every in under_way.values():
+            for factors in every:
+                if tensors := [(p, dim) for p, dim in factors.along_ranks() if id(p) in held]:
+                    _keep_still(optimizer, factors, tensors)
+        for name in tuner.active_adapters:
+            if name not in under_way and _moves(tuner.peft_config[name]) and _holds(held, tuner, name):
                 raise UserError(
                     f"adapter '{name}' has an allocation that nobody drives: a Trainer does so by itself when it is "
                     "made after the adapter; in a loop of your own call loraplex.drive_allocation before the first one"
                 )
-            _keep_still(optimizer, factors, tensors)
 
 
-def _moving(tuner: LoraplexTuner) -> Iterator[tuple[str, Factors]]:
-    for name, config in tuner.peft_config.items():
-        unfinished = config.finished_ranks is None  # type: ignore[attr-defined]
-        if unfinished and config.typed_allocation.moves_ranks and name in tuner.active_adapters:  # type: ignore[attr-defined]
-            for layer in tuner.site_layers():
-                if name in layer.loraplex_adapters:
-                    yield name, layer.adapter(name).factors
+def _moves(config: Any) -> bool:
+    """Whether the ranks of an adapter with this config may still move."""
+    moves: bool = config.finished_ranks is None and config.typed_allocation.moves_ranks
+    return moves
+
+
+def _holds(held: set[int], tuner: LoraplexTuner, name: str) -> bool:
+    layers = [layer for layer in tuner.site_layers() if name in layer.loraplex_adapters]
+    return any(id(p) in held for layer in layers for p, _ in layer.adapter(name).factors.along_ranks())
 
 
 def _keep_still(optimizer: torch.optim.Optimizer, factors: Factors, tensors: list[tuple[nn.Parameter, int]]) -> None:

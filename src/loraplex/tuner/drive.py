@@ -81,7 +81,8 @@ class Drive:
         """Begin at `step` optimizer steps; above 0 the gates are those of the checkpoint that was loaded."""
         self.config.live, self.config.finished_ranks = True, None
         self.done = step
-        driven.setdefault(self.tuner, set()).add(self.adapter_name)
+        factors = [candidate.adapter.factors for candidate in self.candidates]
+        driven.setdefault(self.tuner, {})[self.adapter_name] = factors
         if step == 0:
             self._set(self._start)
             self._revise_if_due()
@@ -102,15 +103,13 @@ class Drive:
 
     def finish(self) -> None:
         """End the allocation: from now on the adapter is saved without its closed ranks."""
-        names = driven.get(self.tuner, set())
-        if self.adapter_name in names:
-            names.remove(self.adapter_name)
+        if driven.get(self.tuner, {}).pop(self.adapter_name, None) is not None:
             self.tuner.finish(self.adapter_name)
 
     def _revise_if_due(self) -> None:
         if self.done not in self._due:
             return
-        batches = [_on(batch, self.tuner.model) for batch in self._batches(getattr(self.allocator, "batches", 1))]
+        batches = [_on(batch, self.tuner.model) for batch in self._batches(self.allocator.batches)]
         if not batches:
             raise UserError("the allocation has no batch to look at: the training set is empty")
         assert self.config.seed is not None

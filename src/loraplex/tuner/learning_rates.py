@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from loraplex.adapters.contracts import Rate
+from loraplex.tuner import every_trainer
 
 _OWN = "_loraplex_own_groups"
 """Attribute of an optimizer that is stepping: the groups that its maker gave it."""
@@ -47,7 +48,9 @@ def _install() -> None:
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_pre_hook))
         _installed.append(register_optimizer_step_post_hook(_post_hook))
-        _check_under_trainers()
+        from loraplex.tuner.rate_check import RateCheck
+
+        every_trainer.join(RateCheck)
 
 
 def _pre_hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -96,15 +99,3 @@ def _put_back(optimizer: torch.optim.Optimizer) -> None:
         # what an optimizer counts in its groups
         group.update({key: value for key, value in parts[0].items() if key not in _OF_A_PART})
     optimizer.param_groups = [group for group, _ in own]
-
-
-def _check_under_trainers() -> None:
-    """Let every Trainer that is made from now on check its optimizer."""
-    # not above: transformers may be half imported when PEFT imports the tuner
-    from transformers.trainer import DEFAULT_CALLBACKS
-
-    from loraplex.tuner.rate_check import RateCheck
-
-    callbacks: list[Any] = DEFAULT_CALLBACKS
-    if RateCheck not in callbacks:
-        callbacks.append(RateCheck)

@@ -329,6 +329,11 @@ class LoraplexTuner(BaseTuner):
         return tensors
 
 
+def tuners_in(model: nn.Module) -> list[LoraplexTuner]:
+    """Return the tuners of ours in a model, wrapped or not."""
+    return [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+
+
 def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig, shared: Any) -> SiteAdapter:
     """Return a freshly initialized adapter for a layer; `shared` gives what its sites have in common."""
     options = config.typed_adapter

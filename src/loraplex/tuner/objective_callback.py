@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from loraplex.errors import UserError
 from loraplex.objectives.contracts import Objective
-from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.model import tuners_in
 from loraplex.tuner.objectives import name_of
 
 _REWEIGHTING = ("dft",)
@@ -50,17 +50,13 @@ class ObjectiveCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the objective: what is saved after training is the adapter alone."""
-        for tuner in _tuners(kwargs.get("model")):
+        model = kwargs.get("model")
+        for tuner in [] if model is None else tuners_in(model):
             for adapter_name in tuner.objectives():
                 tuner.detach_objective(adapter_name)
 
 
-def _tuners(model: Any) -> Iterator[LoraplexTuner]:
-    if model is not None:
-        yield from (module for module in model.modules() if isinstance(module, LoraplexTuner))
-
-
 def _objectives(model: Any) -> Iterator[tuple[str, Objective]]:
-    for tuner in _tuners(model):
+    for tuner in [] if model is None else tuners_in(model):
         for adapter_name, objective in tuner.objectives().items():
             yield name_of(tuner, adapter_name), objective

@@ -16,6 +16,7 @@ from loraplex.adapters.contracts import SiteAdapter
 from loraplex.adapters.registry import REGISTRY
 from loraplex.errors import UserError
 from loraplex.objectives.contracts import Objective, ObjectiveInit
+from loraplex.tuner import every_trainer
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.shared import SharedTensors
 
@@ -100,14 +101,9 @@ def watch(tuner: LoraplexTuner) -> None:
     _tuners.add(tuner)
     if not _installed:
         _installed.append(register_optimizer_step_post_hook(_count))
-        # not above: transformers may be half imported when PEFT imports the tuner
-        from transformers.trainer import DEFAULT_CALLBACKS
-
         from loraplex.tuner.objective_callback import ObjectiveCallback
 
-        callbacks: list[Any] = DEFAULT_CALLBACKS
-        if ObjectiveCallback not in callbacks:
-            callbacks.append(ObjectiveCallback)
+        every_trainer.join(ObjectiveCallback)
 
 
 def _count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from loraplex.errors import UserError
-from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.model import LoraplexTuner, tuners_in
 
 
 class RateCheck(TrainerCallback):
@@ -23,7 +23,7 @@ class RateCheck(TrainerCallback):
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
         if model is None or optimizer is None:
             return
-        tuners = [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+        tuners = tuners_in(model)
         rated = [parameter for tuner in tuners for parameter, _ in tuner.rates()]
         inner = getattr(optimizer, "optimizer", optimizer)
         held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
