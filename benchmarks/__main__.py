@@ -13,7 +13,7 @@ from benchmarks.rounds import ContestantError
 from benchmarks.terminal import errors
 from loraplex.errors import UserError
 
-_TRAINING = ("lora", "dora", "pair", "compact", "hydra")
+_TRAINING = ("lora", "dora", "pair", "compact", "hydra", "echo")
 _QUICK = Plan(rounds=2, warm_up=1, quick=True)
 
 
@@ -41,7 +41,7 @@ def training(rounds: int | None, quick: bool, only: str | None) -> None:
     from benchmarks.training import run
 
     for part in (only,) if only else _TRAINING:
-        run(part, _plan(rounds, quick, default=45 if part in ("pair", "hydra") else 9))
+        run(part, _plan(rounds, quick, default=45 if part in ("pair", "hydra", "echo") else 9))
 
 
 @main.command()
@@ -84,10 +84,10 @@ def startup(rounds: int | None, quick: bool) -> None:
 @main.command()
 @_options
 def growth(rounds: int | None, quick: bool) -> None:
-    """Step and memory against rank, length and number of sites; three rounds unless told otherwise."""
+    """Step and memory against rank, length and number of sites, half an hour."""
     from benchmarks.growth import run
 
-    run(_plan(rounds, quick, default=3, warm_up=1))
+    run(_plan(rounds, quick, warm_up=1))
 
 
 @main.command()

@@ -111,6 +111,7 @@ _DRAWN: dict[str, Callable[[Result], Figure]] = {
     "training-pair": _contest,
     "training-compact": _contest,
     "training-hydra": _contest,
+    "training-echo": _contest,
     "evaluation": _contest,
     "layers": _layers,
     "growth": _growth,

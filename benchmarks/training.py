@@ -42,8 +42,16 @@ CONTESTANTS: dict[str, dict[str, TrainingWork]] = {
         "ours-mlp": TrainingWork("loraplex", "hydra", kinds=MLP),
         "ours-lora-mlp": TrainingWork("loraplex", "lora", kinds=MLP),
     },
+    "echo": {
+        "echo-never": TrainingWork("loraplex", objective={"name": "echo", "probability": 0.0}),
+        "echo-always": TrainingWork("loraplex", objective={"name": "echo", "probability": 1.0}),
+        "echo-full": TrainingWork("loraplex", objective={"name": "echo", "probability": 1.0, "second_pass": "full"}),
+        "ours-lora": _OURS_LORA,
+    },
 }
-"""By adapter; beside our LoRA of the same rank DoRA (in more rounds), the compact adapters, and Hydra's four heads.
+"""By adapter; beside our LoRA of the same rank DoRA (in more rounds), the compact adapters, Hydra's four heads, and
+LoRA under the objective echo. That one's second pass is drawn with probability p, and the expected time is linear in p:
+what holds at p = 0 and at p = 1 holds for all.
 
 `bare` is forward and backward without a trainer, `mlp` has the sites of the HydraLoRA paper only."""
 
@@ -79,6 +87,14 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
         Comparison("ours-mlp", "ours-lora-mlp", "time", goal=1.10),
         Comparison("ours", "ours-lora", "memory"),
         Comparison("ours-mlp", "ours-lora-mlp", "memory"),
+    ),
+    "echo": (
+        Comparison("echo-never", "ours-lora", "time", goal=1.05),
+        Comparison("echo-always", "ours-lora", "time", goal=2 * 1.05),
+        Comparison("echo-full", "ours-lora", "time", goal=2 * 1.05),
+        Comparison("echo-never", "ours-lora", "memory"),
+        Comparison("echo-always", "ours-lora", "memory", goal=1.25),
+        Comparison("echo-full", "ours-lora", "memory"),
     ),
 }
 

@@ -62,7 +62,12 @@ def adapter_config(work: TrainingWork) -> PeftConfig:
         from loraplex import AdapterConfig
 
         return AdapterConfig(
-            adapter=work.adapter, r=work.rank, alpha=ALPHA, target_modules=list(work.kinds), task_type="CAUSAL_LM"
+            adapter=work.adapter,
+            r=work.rank,
+            alpha=ALPHA,
+            target_modules=list(work.kinds),
+            task_type="CAUSAL_LM",
+            **({"objective": work.objective} if work.objective else {}),
         )
     return LoraConfig(
         r=work.rank,

@@ -37,6 +37,8 @@ class TrainingWork:
     """`bare` is forward and backward alone; the others are whole steps under SFTTrainer, see `training_worker`."""
     rank: int = 16
     kinds: tuple[str, ...] = KINDS
+    objective: dict[str, Any] | None = None
+    """Of loraplex, with its options."""
     length: int | None = None
     """Instead of the benchmark's rows, made-up ones: every batch is one row of this length and one of half of it."""
 
