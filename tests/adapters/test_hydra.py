@@ -111,6 +111,43 @@ def test_top_k_leaves_the_other_heads_alone():
     assert touched.sum() == 1
 
 
+def test_balancing_evens_the_loads():
+    """Heads and data that prefer one head: with the weight the loads come closer to even ones, without they do not."""
+    spread = {}
+    for balance in (0.0, 100.0):
+        torch.manual_seed(0)
+        one = site(route={"balance": balance})
+        x, target = torch.randn(64, 7, dtype=torch.float64) + 1, torch.randn(64, 5, dtype=torch.float64)
+        optimizer = torch.optim.SGD([one.adapter.combine.lora_route], lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            F.mse_loss(one.forward(x), target).backward()
+            optimizer.step()
+        loads = softmax_gates(x @ one.adapter.combine.lora_route.T).mean(0)
+        spread[balance] = (loads.max() - loads.min()).item()
+    assert spread[100.0] < 0.05 < 0.15 < spread[0.0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_balancing_under_gradient_checkpointing(reentrant):
+    hydra = {"name": "hydra", "heads": 3, "balance": 1.0}
+    plain, checkpointed, without = (
+        adapted(adapter=hydra),
+        adapted(adapter=hydra),
+        adapted(adapter={**hydra, "balance": 0}),
+    )
+    checkpointed.train()
+    checkpointed.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected, found = gradients(plain.train()), gradients(checkpointed)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-7, msg=key)
+    routes = [key for key in expected if key.endswith("lora_route")]
+    other = gradients(without.train())
+    assert routes
+    assert not any(torch.allclose(expected[key], other[key], rtol=1e-3) for key in routes)
+
+
 def test_fixed_gates_leave_a_pair():
     one, gates = site(), torch.tensor([0.5, 0.2, 0.3])
     one.adapter.factors.gate[1] = 0
@@ -131,6 +168,8 @@ def test_fixed_gates_leave_a_pair():
         (lambda: Heads(heads=0), r"heads is 0: give a whole number of at least 1"),
         (lambda: Heads(heads=True), r"heads is True"),
         (lambda: Route(top_k=0), r"top_k is 0"),
+        (lambda: Route(balance=-1), r"balance is -1: give a weight of at least 0"),
+        (lambda: Route(balance=0.1, router="frozen"), r"balance is 0\.1, but the router is frozen"),
         (lambda: build(Adapter(Heads(heads=2), Route(top_k=3)), 7, 5, 2), r"top_k is 3, but layers\.0\.site has 2"),
         (lambda: Adapter(Heads(), Magnitude()), r"'magnitude' needs a weight change that is the same for every token"),
         (lambda: Adapter(Heads(), Add()), r"'add' needs"),

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from loraplex.kernels.routed import routed_linear
+from loraplex.kernels.routed import balanced, routed_linear, softmax_gates
 
 RANK, HEADS = 2, 3
 
@@ -76,6 +76,34 @@ def test_a_loss_on_the_gates_alone_reaches_the_router():
     )
     assert ours.abs().sum() > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def squared_variation(gates):
+    """Return (standard deviation / mean)² of the heads' summed gates, from its definition."""
+    loads = gates.reshape(-1, HEADS).sum(0)
+    return loads.var(correction=0) / loads.mean() ** 2
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_balancing_adds_the_gradient_of_the_squared_variation_of_the_loads(top_k):
+    given = tensors() | {"dropped": None}
+    wanted = [given[name].requires_grad_() for name in ("x", "a", "b", "router")]
+    y, gates = naive(**given, top_k=top_k)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad((y * upstream).sum() + 0.3 * squared_variation(gates), wanted)
+    ours = routed_linear(**given, top_k=top_k, balance=0.3)[0]
+    torch.testing.assert_close(ours, y, rtol=1e-12, atol=1e-12)
+    for mine, reference in zip(torch.autograd.grad(ours, wanted, upstream), expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-11)
+
+
+def test_balancing_apart_from_the_kernel():
+    logits = torch.randn(2, 5, HEADS, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, HEADS, dtype=torch.float64)
+    gates = softmax_gates(logits)
+    (expected,) = torch.autograd.grad((gates * upstream).sum() + 0.3 * squared_variation(gates), logits)
+    (mine,) = torch.autograd.grad(balanced(softmax_gates(logits), 0.3), logits, upstream)
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_under_autocast_the_softmax_is_float32_and_gradients_have_the_dtype_of_their_matrix():

@@ -4,7 +4,7 @@ Paper: Tian et al., HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fin
 details as in its official code.
     g = softmax(W_g x) in float32, x without dropout,    y = W0 x + b + s·Σ_i g_i B_i diag(gate) A drop(x),
 s = alpha/r. A and W_g start as `nn.Linear` draws them, U(−1/√in, 1/√in), the heads at 0: with equal gates for all of
-them they would stay equal for ever, so W_g is random. The paper balances nothing: `top_k` is not part of it.
+them they would stay equal for ever, so W_g is random. The paper balances nothing: `top_k` and `balance` are not its.
 Trainable parameters per site: r·in + N·r·out, and N·in of the router. N = 1 gives LoRA's output.
 """
 
@@ -23,7 +23,7 @@ from loraplex.adapters.contracts import BaseWeight, Combine, Factors, Settled, S
 from loraplex.adapters.gates import GateRecord
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
 from loraplex.errors import UserError, nearest
-from loraplex.kernels.routed import routed_linear, softmax_gates, weighed
+from loraplex.kernels.routed import balanced, routed_linear, softmax_gates, weighed
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Route:
     """Outside the paper: the softmax is over the k largest logits of a token; all heads when absent."""
     router: Literal["learned", "frozen", "uniform"] = "learned"
     """Controls outside the paper: "frozen" keeps the random W_g, "uniform" gives every head 1/N (heads stay equal)."""
+    balance: float = 0.0
+    """Outside the paper: weight w of w·(N Σ_i ḡ_i² − 1), which evens the heads' mean gates ḡ over a forward pass."""
     dropout_per_head: bool = False
     """Every head has a dropout mask of its own, as in the official code: A is multiplied once per head then."""
 
@@ -106,6 +108,10 @@ class Route:
             isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
         ):
             raise UserError(f"top_k is {self.top_k!r}: give a whole number of at least 1, or leave it out")
+        if isinstance(self.balance, bool) or not 0 <= self.balance < math.inf:
+            raise UserError(f"balance is {self.balance!r}: give a weight of at least 0, such as 0.01")
+        if self.balance and self.router != "learned":
+            raise UserError(f"balance is {self.balance!r}, but the router is {self.router}: leave one of them out")
 
     def build(self, site: SiteInit) -> Routing:
         """Return the combine for a site."""
@@ -147,7 +153,8 @@ class Routing(Combine):
         a, b = factors.parts()
         masked = None if dropped is x else dropped
         s = factors.rank_scale(b.dtype)
-        y, gates = routed_linear(x, masked, weight, bias, a, b, s, self.lora_route, self.options.top_k)
+        options = self.options
+        y, gates = routed_linear(x, masked, weight, bias, a, b, s, self.lora_route, options.top_k, options.balance)
         self._record(gates)
         return y
 
@@ -158,6 +165,7 @@ class Routing(Combine):
     def _delta(self, x: Tensor, dropped: Tensor, factors: Factors) -> Tensor:
         a, b = factors.pair()
         gates = softmax_gates(F.linear(x.to(self.lora_route.dtype), self.lora_route), self.options.top_k)
+        gates = balanced(gates, self.options.balance)
         self._record(gates)
         low = F.linear(dropped.to(a.dtype), a)
         if low.dim() > x.dim():

@@ -4,6 +4,9 @@ y = x W0ᵀ + b + Σ_i g_i (drop(x) Aᵀ) (B_i diag(s))ᵀ with g = softmax(x W_
 frozen weight (or of autocast), the softmax in float32 at least. All heads are one product, (g ⊗ a) [B_1 … B_N]ᵀ, and
 without dropout A and the router are one product too. Saved for the backward pass: x, the (tokens, r + N) product, the
 gates and the casts of the trained matrices; g ⊗ a (tokens, N·r) is formed again.
+
+A loss that balances the heads, w (N Σ_i ḡ_i² − 1) of the means ḡ over the rows, is there as its gradient alone, added
+where the gates' own gradient comes by: no trainer has to know of it, and recomputation does not do it twice.
 """
 
 from __future__ import annotations
@@ -27,16 +30,20 @@ def routed_linear(
     s: Tensor,
     router: Tensor,
     top_k: int | None = None,
+    balance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return y (..., out) and the gates g (tokens, N), both differentiable.
 
     x (..., in) and `dropped`, the same after dropout or None where there is none; W0 (out, in), b (out,) or None;
     A (r, in), B (out, N·r) head after head, s (N·r,) the scale of every column of B, the same for every head and
     without gradient; W_g (N, in). With `top_k` the softmax is over the k largest logits of a row, other gates are 0.
+    `balance` is the weight w of the balancing loss.
     """
     x, dropped, weight, bias = under_autocast(x, dropped, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        y, gates = _RoutedLinear.apply(x, dropped, weight, bias, a, b, s, router, top_k)  # type: ignore[no-untyped-call]
+        y, gates = _RoutedLinear.apply(  # type: ignore[no-untyped-call]
+            x, dropped, weight, bias, a, b, s, router, top_k, balance
+        )
     return y, gates
 
 
@@ -56,6 +63,34 @@ def weighed(gates: Tensor, low: Tensor, s: Tensor | None = None) -> Tensor:
     return (gates.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(-2).to(low.dtype)
 
 
+def balanced(gates: Tensor, weight: float) -> Tensor:
+    """Return the gates g (..., N) as they are; their gradient gets that of weight · (N Σ_i ḡ_i² − 1) added.
+
+    With Σ_i ḡ_i = 1 this is the squared coefficient of variation of the heads' loads, the importance loss of Shazeer et
+    al., Outrageously large neural networks (arXiv 1701.06538, section 4). ḡ are the means over all leading dimensions.
+    """
+    return _Balanced.apply(gates, weight) if weight else gates  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _balance_gradient(gates: Tensor, weight: float) -> Tensor:
+    """Return ∂/∂g (N,), the same for every one of the T rows: weight · 2 N ḡ_i / T."""
+    rows = gates.reshape(-1, gates.shape[-1])
+    return 2 * weight * rows.shape[1] / len(rows) * rows.mean(0)
+
+
+class _Balanced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, weight: float) -> Tensor:
+        ctx.save_for_backward(gates)
+        ctx.weight = weight
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (gates,) = ctx.saved_tensors
+        return upstream[0] + _balance_gradient(gates, ctx.weight), None
+
+
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,6 +104,7 @@ class _RoutedLinear(torch.autograd.Function):
         s: Tensor,
         router: Tensor,
         top_k: int | None,
+        balance: float,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = None if dropped is None else dropped.reshape(rows.shape)
@@ -81,7 +117,7 @@ class _RoutedLinear(torch.autograd.Function):
         # s goes where the fewest numbers are, and into them before they are rounded: a rounded s would rescale all
         y = F.linear(rows, weight, bias).addmm_(weighed(gates, low, s[: len(a)]), b_cast.T)
         ctx.save_for_backward(rows, low_rows, weight, both, b_cast, s, low, gates)
-        ctx.shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, router.dtype)
+        ctx.shape, ctx.dtypes, ctx.balance = x.shape, (a.dtype, b.dtype, router.dtype), balance
         ctx.set_materialize_grads(False)
         return y.view(*x.shape[:-1], y.shape[-1]), gates
 
@@ -97,6 +133,8 @@ class _RoutedLinear(torch.autograd.Function):
         dgates = (heads * (low * s[:r]).unsqueeze(1)).sum(2)
         if given_gates is not None:
             dgates = dgates + given_gates
+        if ctx.balance:
+            dgates = dgates + _balance_gradient(gates, ctx.balance)
         dlogits = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
         dboth = torch.cat([dlow, dlogits], dim=1).to(rows.dtype)  # (tokens, r + N)
         db = (dy.T @ weighed(gates, low, s[:r])).to(ctx.dtypes[1])
@@ -112,4 +150,4 @@ class _RoutedLinear(torch.autograd.Function):
         if need_dropped:
             ddropped = (dboth[:, :r] @ both[:r]).view(ctx.shape)
         dbias = dy.sum(0) if need_bias else None
-        return dx, ddropped, None, dbias, da.to(ctx.dtypes[0]), db, None, drouter.to(ctx.dtypes[2]), None
+        return dx, ddropped, None, dbias, da.to(ctx.dtypes[0]), db, None, drouter.to(ctx.dtypes[2]), None, None
