@@ -47,6 +47,16 @@ def test_the_words_of_a_group_are_those_of_its_topic() -> None:
         assert any(set(group.words) <= vocabulary for vocabulary in vocabularies), group.words
 
 
+def test_other_texts_are_in_the_group_of_their_topic() -> None:
+    texts, truth = prompts(3, each=30)
+    found = group_texts(texts)
+    assert (found.group_of(texts) == found.labels).all()
+    group_of_topic = {topic: int(label) for label, topic in zip(found.labels, truth, strict=True)}
+    others, topics = prompts(3, each=10, seed=1)
+    assert found.group_of(others).tolist() == [group_of_topic[topic] for topic in topics]
+    assert found.group_of(["words nobody has seen"]).tolist() == [0]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_groups(method: Method) -> None:
     texts = prompts(5, each=20)[0]

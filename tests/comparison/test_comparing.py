@@ -13,9 +13,10 @@ from tests.conftest import write_tiny_recipe
 
 from loraplex.cli.main import main
 from loraplex.comparison.compare import _Sweep, compare
+from loraplex.comparison.grouped import joined
 from loraplex.comparison.jobs import Kind, make_job
 from loraplex.comparison.recipe import read_comparison
-from loraplex.comparison.results import Comparison, read_results
+from loraplex.comparison.results import Comparison, Item, Run, read_results
 from loraplex.errors import UserError
 from loraplex.training.reading import read_recipe
 
@@ -198,9 +199,50 @@ def test_one_arm_alone_gets_the_compute_of_another(tiny_model: Path, tmp_path: P
     assert [found.arm(name).runs[0].steps for name in ("lora", "equal", "echo")] == [4, 7, 4]
 
 
+@pytest.mark.slow
+def test_one_adapter_per_group_answers_the_items_of_its_group(tiny_model: Path, tmp_path: Path) -> None:
+    arms = "arms:\n  groups: {adapter: lora, one_per_group: 2}\n"
+    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\nmatch: lora r=4\n")))
+    run = found.arm("groups").runs[0]
+    assert found.base is not None
+    assert [item.id for item in run.items] == [item.id for item in found.base.items]
+    assert run.accuracy == sum(item.correct for item in run.items) / 24
+    assert (run.steps, run.trainable) == (4, found.budget_parameters)
+    folders = list(tmp_path.glob("out/runs/groups-s0-group*"))
+    answered = [
+        [json.loads(line)["source"] for line in (folder / "evaluation/after.jsonl").read_text().splitlines()]
+        for folder in folders
+    ]
+    assert len(answered) == 2
+    assert sorted(answered[0] + answered[1]) == sorted(item.id for item in run.items)
+    assert "one for each of 2 groups" in found.arm("groups").summary
+
+
+def test_the_runs_of_groups_are_joined_in_the_order_of_the_items() -> None:
+    def run(steps: int, seconds: float, items: list[Item]) -> Run:
+        return Run(
+            0, "finished", f"train {steps}", training_seconds=seconds, steps=steps, tokens_per_second=10.0 * steps,
+            loss=[(1, 2.0), (steps, 1.0)], trainable=5, file_bytes=20, peak_bytes=steps, flops=1e9, items=items,
+        )  # fmt: skip
+
+    one, other = run(3, 1.0, [Item("b", "y", True), Item("c", "x", False)]), run(2, 3.0, [Item("a", "x", True)])
+    both = joined([one, other], ["a", "b", "c"])
+    assert [item.id for item in both.items] == ["a", "b", "c"]
+    assert (both.accuracy, both.tasks) == (2 / 3, {"x": 0.5, "y": 1.0})
+    assert both.loss == [(1, 2.0), (3, 1.0), (4, 2.0), (5, 1.0)]
+    assert (both.steps, both.trainable, both.peak_bytes, both.flops) == (5, 10, 3, 2e9)
+    assert both.tokens_per_second == (30 * 1 + 20 * 3) / 4
+    assert both.command == "train 3 && train 2"
+    failed = joined([one, Run(0, "failed", "train", error="it broke")], ["a", "b", "c"])
+    assert (failed.state, failed.error, failed.accuracy) == ("failed", "it broke", None)
+
+
 @pytest.mark.parametrize(
     ("arms", "extra", "message"),
     [
+        ("arms:\n  a: {one_per_group: 2}\n  b: {compute_of: a}\n", "", "arms.a.one_per_group goes with"),
+        ("arms:\n  a: {one_per_group: 2}\n  b: lora\n", "match: compute\n", "leave equal compute out"),
+        ("arms:\n  a: {one_per_group: 1}\n", "", "one_per_group is 1"),
         ("arms:\n  a: {compute_of: c}\n  b: lora\n", "", "arms.a.compute_of is 'c': name an arm whose steps are given"),
         ("arms:\n  a: {compute_of: a}\n  b: lora\n", "", "name an arm whose steps are given, such as b"),
         ("arms:\n  a: {compute_of: b}\n  b: lora\n", "match: compute\n", "beside match: compute"),

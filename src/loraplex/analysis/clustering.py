@@ -75,6 +75,13 @@ class Grouping:
     """(n,) the group of every row that was looked at, -1 for noise (DBSCAN)."""
     points: TextPoints
 
+    def group_of(self, texts: Sequence[str]) -> Labels:
+        """Return the group (texts,) whose centre is nearest to each; the largest, 0, for a text without known words."""
+        centres = np.stack([self.points.points[self.labels == label].mean(axis=0) for label in range(len(self.groups))])
+        places = self.points.place(texts)
+        distances = ((places[:, None] - centres) ** 2).sum(axis=-1)
+        return np.where(places.any(axis=1), distances.argmin(axis=1), 0)
+
     def evidence(self) -> dict[str, Any]:
         """Return all but rows and points as plain values."""
         return {

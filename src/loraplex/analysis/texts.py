@@ -35,9 +35,20 @@ class TextPoints:
     """(words,) what its columns stand for."""
     wordless: int
     """Texts that were left out because they have no such word."""
+    vectorizer: Any
+    """What has weighed the words, fitted."""
+    directions: Any
+    """What has reduced their number, fitted."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def place(self, texts: Sequence[str]) -> Array:
+        """Return other texts as points (texts, d) of the same space; one without a known word is 0 everywhere."""
+        from sklearn.preprocessing import normalize
+
+        points: Array = normalize(self.directions.transform(self.vectorizer.transform(texts)))
+        return points
 
 
 def text_points(texts: Sequence[str], *, most_texts: int = MOST_TEXTS, seed: int = 0) -> TextPoints:
@@ -53,18 +64,20 @@ def text_points(texts: Sequence[str], *, most_texts: int = MOST_TEXTS, seed: int
     chosen = list(range(len(texts)))
     if len(texts) > most_texts:
         chosen = sorted(random.Random(seed).sample(chosen, most_texts))
-    rows, weights, words = _weights(np.asarray(chosen, dtype=np.int64), [texts[index] for index in chosen])
+    rows, weights, vectorizer = _weights(np.asarray(chosen, dtype=np.int64), [texts[index] for index in chosen])
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
 
     size = min(DIRECTIONS, weights.shape[1] - 1, weights.shape[0] - 1)
     # randomized, seeded; the sparse matrix is never made dense
-    points = TruncatedSVD(size, random_state=seed).fit_transform(weights)
-    return TextPoints(rows, normalize(points), weights, words, len(chosen) - len(rows))
+    directions = TruncatedSVD(size, random_state=seed)
+    points = normalize(directions.fit_transform(weights))
+    words = vectorizer.get_feature_names_out()
+    return TextPoints(rows, points, weights, words, len(chosen) - len(rows), vectorizer, directions)
 
 
-def _weights(rows: npt.NDArray[np.int64], texts: list[str]) -> tuple[npt.NDArray[np.int64], Any, npt.NDArray[Any]]:
-    """Return the rows that have words, their TF-IDF weights, and the words."""
+def _weights(rows: npt.NDArray[np.int64], texts: list[str]) -> tuple[npt.NDArray[np.int64], Any, Any]:
+    """Return the rows that have words, their TF-IDF weights, and what has weighed them."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if len(texts) < 3:
@@ -87,4 +100,4 @@ def _weights(rows: npt.NDArray[np.int64], texts: list[str]) -> tuple[npt.NDArray
             f"{len(kept)} of {len(texts)} texts and {weights.shape[1]} words are left without stop words: too few to "
             "look for groups; choose the text with --prompt '{field}'"
         )
-    return rows[kept], weights[kept], vectorizer.get_feature_names_out()
+    return rows[kept], weights[kept], vectorizer

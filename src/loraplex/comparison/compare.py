@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex.allocation.plan import Plan
 from loraplex.comparison.budget import Counter, Solved, fixed, parse_budget, parse_match, solve
 from loraplex.comparison.collecting import collect, collect_base, environment
+from loraplex.comparison.grouped import joined, parts
 from loraplex.comparison.jobs import Job, Kind, make_job
 from loraplex.comparison.recipe import ComparisonRecipe
 from loraplex.comparison.results import Arm, Comparison, Run, Trial, write_results
@@ -41,10 +42,26 @@ class _Sweep:
     budget: int | None = None
     rates: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    """Of the arms with one adapter per group: the training rows of the groups."""
+    items: list[str] = field(default_factory=list)
+    """The ids of the test rows, in their order."""
 
     @property
     def output(self) -> Path:
         return self.recipe.output
+
+    def jobs(self, name: str, label: str, recipe: Recipe) -> list[Job]:
+        """Return the jobs of one run of an arm: one, or one for each group of prompts."""
+        if name not in self.sizes:
+            return [make_job(Kind.TRAIN, label, recipe, self.output)]
+        of_groups = enumerate(parts(recipe, self.sizes[name]), start=1)
+        return [make_job(Kind.TRAIN, f"{label}-group{group}", part, self.output) for group, part in of_groups]
+
+    def run(self, jobs: list[Job]) -> Run:
+        """Return what became of one run of an arm."""
+        runs = [collect(job, self.errors.get(job.name)) for job in jobs]
+        return runs[0] if len(runs) == 1 else joined(runs, self.items)
 
     def carry_out(self, jobs: list[Job], what: str) -> None:
         """Run the jobs that are not finished, with one bar over all of their steps."""
@@ -104,18 +121,19 @@ def _compare(sweep: _Sweep) -> Comparison:
         _match_compute(sweep, recipe.compute_of)
     trials = _choose_rates(sweep)
     base = _base_job(sweep)
-    runs = {name: [_run_job(sweep, name, seed) for seed in recipe.options.seeds] for name in recipe.arms}
+    runs = {name: [_run_jobs(sweep, name, seed) for seed in recipe.options.seeds] for name in recipe.arms}
     # Seed by seed: an interrupted comparison has compared something.
-    ordered = [runs[name][index] for index in range(len(recipe.options.seeds)) for name in recipe.arms]
+    seeds = range(len(recipe.options.seeds))
+    ordered = [job for index in seeds for name in recipe.arms for job in runs[name][index]]
     sweep.carry_out([base, *ordered] if items else ordered, "runs")
     arms = [
         Arm(
             name=name,
-            summary=_describe(sweep.solved[name].recipe, recipe.arms[recipe.reference].training),
+            summary=_summary(sweep, name),
             learning_rate=sweep.rates[name],
             trainable=sweep.solved[name].trainable,
             within_budget=sweep.solved[name].within_budget,
-            runs=[collect(job, sweep.errors.get(job.name)) for job in runs[name]],
+            runs=[sweep.run(jobs) for jobs in runs[name]],
             trials=trials[name],
         )
         for name in recipe.arms
@@ -135,6 +153,7 @@ def _check_rows(sweep: _Sweep) -> int:
     first = sweep.recipe.arms[sweep.recipe.reference]
     rows = read_rows(first, load_tokenizer(first.model.name))
     sweep.say("rows", f"{len(rows.train.rows):,} to train on, {len(rows.test):,} to test on")
+    sweep.items = [row.source for row in rows.test]
     return items_of_accuracy(rows.test, first.evaluation)
 
 
@@ -145,7 +164,23 @@ def _settled(sweep: _Sweep) -> ComparisonRecipe:
         arms[name], settled = settle(arm)
         for choice in settled:
             sweep.say("settled", f"{name}: {choice.summary}")
+    for name, number in sweep.recipe.groups.items():
+        sweep.sizes[name] = _group_sizes(sweep, name, number)
     return replace(sweep.recipe, arms=arms)
+
+
+def _group_sizes(sweep: _Sweep, name: str, number: int | str) -> list[int]:
+    from loraplex.training.grouping import group_sizes, number_of_groups
+    from loraplex.training.preparation import training_examples
+
+    arm = sweep.recipe.arms[name]
+    rows = training_examples(arm)[0]
+    if isinstance(number, str):
+        number, reason = number_of_groups(rows, arm.data.seed)
+        sweep.say("settled", f"{name}: one_per_group: {number}; {reason}")
+    sizes = group_sizes(rows, number, arm.data.seed)
+    sweep.say("groups", f"{name}: {' + '.join(str(size) for size in sizes)} rows")
+    return sizes
 
 
 def _solve(sweep: _Sweep) -> None:
@@ -158,16 +193,17 @@ def _solve(sweep: _Sweep) -> None:
     elif options.match not in (None, COMPUTE):
         sweep.budget = counter.trainable(parse_match(str(options.match), reference))
     for name, arm in recipe.arms.items():
-        if sweep.budget is None or name in recipe.own_rank:
-            solved = fixed(arm, sweep.budget, counter)
+        adapters = len(sweep.sizes.get(name, [""]))
+        budget = None if sweep.budget is None else sweep.budget // adapters
+        if budget is None or name in recipe.own_rank:
+            solved = fixed(arm, budget, counter)
         else:
-            solved = solve(arm, sweep.budget, counter)
+            solved = solve(arm, budget, counter)
+        solved = replace(solved, trainable=adapters * solved.trainable)
         sweep.solved[name] = solved
         sweep.rates[name] = solved.recipe.training.learning_rate
         note = "" if solved.within_budget else f", off the budget of {sweep.budget:,}"
-        sweep.say(
-            "arm", f"{name}: {_describe(solved.recipe, reference.training)}, {solved.trainable:,} parameters{note}"
-        )
+        sweep.say("arm", f"{name}: {_summary(sweep, name)}, {solved.trainable:,} parameters{note}")
         _write_plan(sweep, name, solved, counter)
 
 
@@ -220,7 +256,7 @@ def _match_compute(sweep: _Sweep, wanted: Mapping[str, str]) -> None:
 
 def _choose_rates(sweep: _Sweep) -> dict[str, list[Trial]]:
     """Choose the learning rate of every arm on validation rows and return what was tried."""
-    jobs: dict[str, list[Job]] = {}
+    jobs: dict[str, list[list[Job]]] = {}
     seed = sweep.recipe.options.seeds[0]
     for name, rates in sweep.recipe.learning_rates.items():
         arm = sweep.solved[name].recipe
@@ -228,10 +264,10 @@ def _choose_rates(sweep: _Sweep) -> dict[str, list[Trial]]:
         jobs[name] = []
         for rate in rates:
             trial = replace(arm, seed=seed, evaluation=evaluation, training=replace(arm.training, learning_rate=rate))
-            jobs[name].append(make_job(Kind.TRAIN, f"{name}-lr{rate:g}", trial, sweep.output))
-    if everything := [job for trials in jobs.values() for job in trials]:
+            jobs[name].append(sweep.jobs(name, f"{name}-lr{rate:g}", trial))
+    if everything := [job for trials in jobs.values() for trial in trials for job in trial]:
         sweep.carry_out(everything, "learning rates")
-    found = {name: [_trial(job, sweep.errors.get(job.name)) for job in trials] for name, trials in jobs.items()}
+    found = {name: [_trial(sweep.run(trial), trial[0]) for trial in trials] for name, trials in jobs.items()}
     for name, trials in found.items():
         finished = [trial for trial in trials if trial.accuracy is not None]
         if finished:
@@ -247,8 +283,7 @@ def _choose_rates(sweep: _Sweep) -> dict[str, list[Trial]]:
     return found
 
 
-def _trial(job: Job, error: str | None) -> Trial:
-    run = collect(job, error)
+def _trial(run: Run, job: Job) -> Trial:
     return Trial(job.recipe.training.learning_rate, run.accuracy, run.standard_error, run.error)
 
 
@@ -258,7 +293,7 @@ def _base_job(sweep: _Sweep) -> Job:
     return make_job(Kind.BASE, "base", bare, sweep.output)
 
 
-def _run_job(sweep: _Sweep, name: str, seed: int) -> Job:
+def _run_jobs(sweep: _Sweep, name: str, seed: int) -> list[Job]:
     arm = sweep.solved[name].recipe
     recipe = replace(
         arm,
@@ -266,7 +301,13 @@ def _run_job(sweep: _Sweep, name: str, seed: int) -> Job:
         training=replace(arm.training, learning_rate=sweep.rates[name]),
         evaluation=replace(arm.evaluation, before=False),
     )
-    return make_job(Kind.TRAIN, f"{name}-s{seed}", recipe, sweep.output)
+    return sweep.jobs(name, f"{name}-s{seed}", recipe)
+
+
+def _summary(sweep: _Sweep, name: str) -> str:
+    reference = sweep.recipe.arms[sweep.recipe.reference]
+    summary = _describe(sweep.solved[name].recipe, reference.training)
+    return f"{summary}, one for each of {len(sweep.sizes[name])} groups" if name in sweep.sizes else summary
 
 
 def _describe(recipe: Recipe, common: TrainingOptions) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -35,6 +35,9 @@ class ArmOptions:
     """Learning rates to choose from on validation rows; replaces the shared list, [] takes the given one."""
     compute_of: str | None = None
     """Another arm: this one gets as many steps as have that one's training FLOPs."""
+    one_per_group: Annotated[int, Field(ge=2)] | Literal["auto"] | None = None
+    """An adapter of its own for each of so many groups of prompts, each of them asked the items of its group; they
+    share the arm's budget and its steps. "auto": as many groups as `loraplex heads` suggests."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class ComparisonRecipe:
     """Arms that name their rank themselves and keep it, whatever the budget."""
     compute_of: dict[str, str]
     """Arms whose number of steps follows from another's operations, and that other arm."""
+    groups: dict[str, int | Literal["auto"]]
+    """Arms with one adapter per group of prompts, and the number of groups."""
 
     @property
     def reference(self) -> str:
@@ -118,6 +123,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         raise UserError(f"{path}: a comparison has seeds, not a seed")
     options = _options({key: mapping[key] for key in known if key in mapping}, str(path))
     arms, rates, own_rank, compute_of = {}, {}, set(), {}
+    groups: dict[str, int | Literal["auto"]] = {}
     for name, changes in options.arms.items():
         arm = _arm(changes, f"{path}: arms.{name}")
         arms[name] = recipe_from_mapping(_merged(shared, arm), source=f"{path}: arms.{name}")
@@ -128,9 +134,22 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             own_rank.add(name)
         if arm.compute_of is not None:
             compute_of[name] = arm.compute_of
+        if arm.one_per_group is not None:
+            groups[name] = arm.one_per_group
+    _check_groups(groups, compute_of, options, str(path))
     _check_compute(compute_of, options, str(path))
     output = Path(arms[next(iter(arms))].output)
-    return ComparisonRecipe(path, output, _heading(text), options, arms, rates, frozenset(own_rank), compute_of)
+    return ComparisonRecipe(path, output, _heading(text), options, arms, rates, frozenset(own_rank), compute_of, groups)
+
+
+def _check_groups(
+    groups: Mapping[str, Any], compute_of: Mapping[str, str], options: CompareOptions, source: str
+) -> None:
+    for name in groups:
+        if options.match == "compute" or name in compute_of or name in compute_of.values():
+            raise UserError(
+                f"{source}: arms.{name}.one_per_group goes with a number of steps of its own: leave equal compute out"
+            )
 
 
 def _check_compute(compute_of: Mapping[str, str], options: CompareOptions, source: str) -> None:

@@ -57,6 +57,8 @@ class DataOptions:
     task_temperature: float = 1.0
     # Leaves out training rows whose prompt has fewer words, those of a template included.
     min_words: int = 0
+    # "2/3": only rows of the second of three groups of prompts, those that `loraplex heads` finds in the training rows.
+    group: str | None = None
     # Decides which rows are sampled and which items a built-in task makes; not the seed of training.
     seed: int = 0
     # Hub data sets: the configuration and the names of the splits.
@@ -76,6 +78,8 @@ class DataOptions:
                 raise UserError(f"data.{name} is {limit}; it has to be at least 1, or absent for all rows")
         self._check_template()
         self._check_shares()
+        if self.group is not None:
+            _parse_group(self.group)
 
     def _check_shares(self) -> None:
         if not 0 <= self.test_share < 1:
@@ -118,6 +122,11 @@ class DataOptions:
         return self.test is not None or self.test_share > 0
 
     @property
+    def group_and_number(self) -> tuple[int, int] | None:
+        """The group of prompts that is wanted, from 1, and the number of groups; None for all rows."""
+        return None if self.group is None else _parse_group(self.group)
+
+    @property
     def is_weighted(self) -> bool:
         """Whether tasks get other shares of the training rows than their own."""
         return bool(self.task_weights) or self.task_temperature != 1
@@ -125,3 +134,10 @@ class DataOptions:
     def limit(self, split: Split) -> int | None:
         """Return how many rows of each source of `split` are wanted, or None for all."""
         return self.max_train if split == "train" else self.max_test
+
+
+def _parse_group(text: str) -> tuple[int, int]:
+    wanted, slash, number = text.partition("/")
+    if slash and wanted.isdecimal() and number.isdecimal() and 1 <= int(wanted) <= int(number) >= 2:
+        return int(wanted), int(number)
+    raise UserError(f"data.group is '{text}'; write the group and the number of groups, such as 2/3")

@@ -18,6 +18,7 @@ from loraplex.data import Example, Tokenized, read_examples, tokenize_once
 from loraplex.errors import UserError
 from loraplex.training.arguments import trainer_arguments
 from loraplex.training.documentation import adapter_keys
+from loraplex.training.grouping import of_one_group
 from loraplex.training.recipe import Recipe
 from loraplex.training.stock import Allocating, allocates, stock_config
 from loraplex.training.trainer import FiniteWatch, RunTrainer, Sealing
@@ -102,13 +103,16 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         UserError: for data that is missing, broken, empty or cut away entirely.
     """
     options = recipe.training
-    examples, held_out = training_examples(recipe)
+    examples, held_out = _divided(recipe)
+    test = _rows_to_measure(recipe, held_out)
+    if recipe.data.group is not None:
+        examples, held_out, test = of_one_group(recipe.data, examples, held_out, test)
     if recipe.evaluation.rows == "validation" and not held_out:
         raise UserError("evaluation.rows is 'validation', but no row is held out: set training.validation_rows above 0")
     return Rows(
         train=tokenize_once(examples, tokenizer, options.max_length, options.loss_on),
         validation=tokenize_once(held_out, tokenizer, options.max_length, options.loss_on) if held_out else None,
-        test=_rows_to_measure(recipe, held_out),
+        test=test,
     )
 
 
@@ -118,6 +122,13 @@ def training_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     Raises:
         UserError: for data that are missing, broken or empty, or when none would be left to train on.
     """
+    examples, held_out = _divided(recipe)
+    if recipe.data.group is not None:
+        examples, held_out, _ = of_one_group(recipe.data, examples, held_out, [])
+    return examples, held_out
+
+
+def _divided(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     options = recipe.training
     examples = read_examples(recipe.data, "train")
     held_out: list[Example] = []
