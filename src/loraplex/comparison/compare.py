@@ -123,8 +123,7 @@ def _compare(sweep: _Sweep) -> Comparison:
     base = _base_job(sweep)
     runs = {name: [_run_jobs(sweep, name, seed) for seed in recipe.options.seeds] for name in recipe.arms}
     # Seed by seed: an interrupted comparison has compared something.
-    seeds = range(len(recipe.options.seeds))
-    ordered = [job for index in seeds for name in recipe.arms for job in runs[name][index]]
+    ordered = [job for of_seed in zip(*runs.values(), strict=True) for jobs in of_seed for job in jobs]
     sweep.carry_out([base, *ordered] if items else ordered, "runs")
     arms = [
         Arm(

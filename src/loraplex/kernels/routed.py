@@ -69,7 +69,7 @@ def balanced(gates: Tensor, weight: float) -> Tensor:
     With Σ_i ḡ_i = 1 this is the squared coefficient of variation of the heads' loads, the importance loss of Shazeer et
     al., Outrageously large neural networks (arXiv 1701.06538, section 4). ḡ are the means over all leading dimensions.
     """
-    return _Balanced.apply(gates, weight) if weight else gates  # type: ignore[no-untyped-call, no-any-return]
+    return _Balanced.apply(gates, weight) if weight else gates  # type: ignore[no-untyped-call]
 
 
 def _balance_gradient(gates: Tensor, weight: float) -> Tensor:
