@@ -72,6 +72,15 @@ def test_what_is_written_is_the_fixed_model_and_its_distance_is_reported(make, t
     assert set(config["rank_pattern"].values()) == {2}
 
 
+def test_rows_without_options_leave_the_accuracy_to_the_others(make, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "the dog", "completion": " sat"}\n')
+    data = DataOptions(test=(rows(tmp_path / "b.jsonl", shift=3), str(plain)))
+    order = Order(str(make(**HYDRA)), "peft", tmp_path / "out", data=data, static=static(rows(tmp_path / "a.jsonl")))
+    given_up = export(order).approximation
+    assert (given_up.agreement.rows, given_up.accuracy[0].items) == (7, 6)
+
+
 def test_the_pair_is_a_and_the_mean_of_the_heads(make, tiny_model: Path, tmp_path: Path) -> None:
     """Formed here from the file of the routed adapter and from gates that hooks see."""
     adapter, calibration = make(**HYDRA), rows(tmp_path / "a.jsonl")

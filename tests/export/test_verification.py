@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loraplex import UserError
+from loraplex.data import Example
 from loraplex.export.verification import PROMPTS, check, pair_logits, read_prompts
 from loraplex.models.agreement import compare
 from loraplex.models.loading import load_model, load_tokenizer
@@ -41,6 +42,16 @@ def test_the_prompts_are_text_of_several_kinds(tiny_model) -> None:
     rows = read_prompts(load_tokenizer(str(tiny_model)))
     assert len(rows) == len(PROMPTS) == 8
     assert all(8 < len(row) <= 128 for row in rows)
+
+
+def test_of_many_rows_some_from_everywhere_are_compared(tiny_model) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    words = ["the", "cat", "dog", "sat", "on", "mat"]
+    examples = [Example(f"{words[i // 36]} {words[i // 6 % 6]} {words[i % 6]}", " cat") for i in range(200)]
+    rows = read_prompts(tokenizer, examples)
+    assert len(rows) == 64
+    assert {row[0] for row in rows} == {row[0] for row in read_prompts(tokenizer, examples[::36])}
+    assert len(read_prompts(tokenizer, examples[:64])) == 64
 
 
 def test_pairs_are_added_to_the_output_and_taken_away_again(tiny_model) -> None:

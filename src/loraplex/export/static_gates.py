@@ -61,7 +61,7 @@ class Approximation:
     agreement: Agreement
     """Routed against fixed, on rows that were not calibrated on."""
     accuracy: tuple[Accuracy, Accuracy] | None
-    """Routed and fixed, where those rows have options."""
+    """Routed and fixed, on those rows that have options."""
 
     def sentences(self) -> list[str]:
         """Return what to tell the user."""
@@ -102,19 +102,19 @@ def fix_gates(
 ) -> Approximation:
     """Put plain LoRA in the place of the active routed adapter, and return what that changed.
 
-    `rows` are token ids to compare logits on; where all of `held_out` have options, accuracies are compared too.
+    `rows` are token ids to compare logits on; accuracies are compared on those of `held_out` that have options.
 
     Raises:
         UserError: when the calibration rows give no tokens.
     """
-    choices = bool(held_out) and all(example.choices for example in held_out)
+    items = [example for example in held_out if example.choices]
     before = model_logits(model, rows)
-    routed = score_options(model, tokenizer, held_out).accuracies().overall if choices else None
+    routed = score_options(model, tokenizer, items).accuracies().overall if items else None
     tokens = [row["input_ids"][:LONGEST] for row in tokenize(calibration, tokenizer).rows]
     gates = measure_routing(model, tokens)
     _replace(model, {site: torch.tensor(summary.load) for site, summary in gates.items()})
     agreement = compare("fixed gates", before, model_logits(model, rows), inf)
-    fixed = score_options(model, tokenizer, held_out).accuracies().overall if choices else None
+    fixed = score_options(model, tokenizer, items).accuracies().overall if items else None
     return Approximation(
         rows=len(tokens),
         tokens=sum(map(len, tokens)),

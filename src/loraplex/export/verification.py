@@ -19,6 +19,7 @@ from loraplex.models.agreement import Agreement, model_logits
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 
 LONGEST = 128  # tokens of a row that are compared
+MOST_ROWS = 64  # whose logits are held: 25 MB each for 50,000 words
 
 PROMPTS = (
     "The capital of France is Paris. It lies on the river Seine, and about two million people live there.",
@@ -33,11 +34,16 @@ PROMPTS = (
 
 
 def read_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] | None = None) -> list[list[int]]:
-    """Return the token ids to compare on: the built-in texts, or the examples with their completions."""
+    """Return the token ids to compare on: the built-in texts, or examples with their completions.
+
+    Of more than `MOST_ROWS` examples so many are taken, at even distances.
+    """
     if examples is None:
         rows = prompt_ids([Example(text, "") for text in PROMPTS], tokenizer)
     else:
-        rows = [row["input_ids"] for row in tokenize(examples, tokenizer).rows]
+        taken = min(len(examples), MOST_ROWS)
+        some = [examples[i * len(examples) // taken] for i in range(taken)]
+        rows = [row["input_ids"] for row in tokenize(some, tokenizer).rows]
     return [row[:LONGEST] for row in rows]
 
 
