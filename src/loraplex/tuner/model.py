@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import Rate, SiteAdapter, SiteInit, check_rank
+from loraplex.adapters.contracts import Rate
 from loraplex.errors import UserError, nearest
 from loraplex.objectives.contracts import Objective
 from loraplex.tuner import (
@@ -26,6 +25,7 @@ from loraplex.tuner import (
     objectives,
     saving,
 )
+from loraplex.tuner.building import build_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
@@ -334,31 +334,6 @@ def tuners_in(model: nn.Module) -> list[LoraplexTuner]:
     return [module for module in model.modules() if isinstance(module, LoraplexTuner)]
 
 
-def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig, shared: Any) -> SiteAdapter:
-    """Return a freshly initialized adapter for a layer; `shared` gives what its sites have in common."""
-    options = config.typed_adapter
-    assert config.seed is not None
-    limit = options.factors.largest_rank(layer.in_features, layer.out_features)
-    rank = check_rank(site, config.rank_of(site), limit)
-    # room for ranks that are opened later; the scale stays that of the configured rank
-    built = min(config.typed_allocation.allocated_rank(rank), limit)
-    scale = options.factors.scale
-    init = SiteInit(
-        name=site,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        rank=built,
-        alpha=config.alpha_of(site) * scale(1, rank) / scale(1, built),
-        seed=config.seed,
-        weight=layer.w0,
-        identity=config.init_weights,
-        meta=_makes_meta_parameters(),
-        shared=shared,
-    )
-    factors = options.factors.build(init)
-    return SiteAdapter(factors, options.combine.build(replace(init, heads=factors.heads)), config.lora_dropout)
-
-
 def refuse_name(model: nn.Module, adapter_name: str) -> None:
     """Raise a UserError for an adapter name that is a component of a parameter key.
 
@@ -370,10 +345,3 @@ def refuse_name(model: nn.Module, adapter_name: str) -> None:
     # a ModuleDict holds the adapters of a site, and their shared tensors: its own attributes cannot be names
     if adapter_name in taken | RESERVED or hasattr(SharedTensors(), adapter_name) or "." in adapter_name:
         raise UserError(f"adapter name '{adapter_name}' is part of the model's own parameter names: choose another")
-
-
-def _makes_meta_parameters() -> bool:
-    """Whether parameters are being put on the meta device right now (low_cpu_mem_usage)."""
-    probe = nn.Module()
-    probe.probe = nn.Parameter(torch.empty(0))
-    return bool(probe.probe.is_meta)
