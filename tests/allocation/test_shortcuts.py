@@ -67,7 +67,7 @@ def test_grad_norm_and_snip_of_a_shortcut_equal_their_definition(identity: bool)
 def test_the_other_proxies_score_shortcuts_and_leave_nothing_behind(proxy: str) -> None:
     model = adapted(allocation=SHORTCUTS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = score(proxy, scene(model), Scoring())
+    found = score(proxy, scene(model), Scoring(tolerance=2e-4))
     assert sum(is_edge(name) for name in found) == 7
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     if proxy != "constant":

@@ -51,8 +51,9 @@ def llama(model, weights, shortcuts, ids):
     """Return the logits; `weights` are the model's, with whatever adapters change in them."""
     config = model.config
     size = config.hidden_size // config.num_attention_heads
-    angle = torch.arange(ids.shape[1])[:, None] * 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    cos, sin = (torch.cat([x, x], dim=-1) for x in (angle.cos(), angle.sin()))
+    # in float32, as the model has its angles
+    angle = torch.arange(ids.shape[1]).float()[:, None] * (1 / 10000 ** (torch.arange(0, size, 2).float() / size))
+    cos, sin = (torch.cat([x, x], dim=-1).double() for x in (angle.cos(), angle.sin()))
 
     def norm(name):
         def apply(x):

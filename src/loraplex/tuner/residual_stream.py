@@ -88,6 +88,8 @@ class _Record:
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)
     given: list[int] = field(default_factory=list)
     """How many outputs there were when the input of the same index came."""
+    computed: list[Tensor] = field(default_factory=list)
+    """Outputs of modules without modules of their own: in them nothing is added to the stream."""
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
@@ -105,6 +107,8 @@ class _Record:
                 y = output[0] if isinstance(output, tuple) and output else output
                 if isinstance(y, Tensor):
                     self.outputs.append((name, y))
+                    if not any(module.children()):
+                        self.computed.append(y)
 
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
@@ -125,37 +129,39 @@ class _Record:
             (
                 (name, x)
                 for (name, x), given in zip(self.inputs, self.given, strict=True)
-                if name and _is_sum(x, h, inner[:given])
+                if name and self._is_sum(x, h, inner[:given])
             ),
             None,
         )
         if after_attention is None or calls.count(after_attention[0]) != 1:
             return None
         name, total = after_attention
-        if _is_sum(out, total, inner):
+        if self._is_sum(out, total, inner):
             return Places(name, None)
         # norms on the sums
         outputs = dict(self.outputs)
         for other, x in self.inputs:
             put_out = outputs.get(other)
             is_last = calls.count(other) == 1 and put_out is not None and _same_memory(put_out, out)
-            if other and is_last and _is_sum(x, outputs[name], inner):
+            if other and is_last and self._is_sum(x, outputs[name], inner):
                 return Places(name, other)
         return None
 
-
-def _is_sum(x: Tensor, a: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether x is a + b up to rounding, for some b of `others`, and is neither of them itself."""
-    if x.numel() != a.numel() or not x.is_floating_point() or _same_memory(x, a):
+    def _is_sum(self, x: Tensor, a: Tensor, others: Sequence[Tensor]) -> bool:
+        """Whether x is a + b up to rounding, for some b of `others`, and was made by adding."""
+        if x.numel() != a.numel() or not x.is_floating_point():
+            return False
+        # a norm's output is much larger than a small input, which then lies within its rounding
+        if any(_same_memory(x, known) for known in (a, *self.computed)):
+            return False
+        eps, dtype = torch.finfo(x.dtype).eps, torch.promote_types(x.dtype, torch.float32)
+        x, a = x.reshape(-1).to(dtype), a.reshape(-1).to(dtype)
+        for other in others:
+            if other.numel() == x.numel():
+                b = other.reshape(-1).to(x)
+                if bool(((x - a - b).abs() <= 4 * eps * (a.abs() + b.abs())).all()):
+                    return True
         return False
-    eps, dtype = torch.finfo(x.dtype).eps, torch.promote_types(x.dtype, torch.float32)
-    x, a = x.reshape(-1).to(dtype), a.reshape(-1).to(dtype)
-    for other in others:
-        if other.numel() == x.numel():
-            b = other.reshape(-1).to(x)
-            if bool(((x - a - b).abs() <= 4 * eps * (a.abs() + b.abs())).all()):
-                return True
-    return False
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

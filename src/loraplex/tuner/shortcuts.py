@@ -65,12 +65,16 @@ class ShortcutLayer(AdapterLayer):
         return name in self.loraplex_adapters and self.adapter(name).factors.open_ranks > 0
 
     @property
+    def active(self) -> list[str]:
+        """Names of the active adapters that have a shortcut here, open or closed."""
+        return (
+            [] if self.disable_adapters else [name for name in self.active_adapters if name in self.loraplex_adapters]
+        )
+
+    @property
     def acting(self) -> list[str]:
         """Names of the active adapters that have an open rank here."""
-        if self.disable_adapters:
-            return []
-        names = [name for name in self.active_adapters if name in self.loraplex_adapters]
-        return [name for name in names if not self.adapter(name).factors.closed]
+        return [name for name in self.active if not self.adapter(name).factors.closed]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """Return what the active shortcuts add, in the type of their factors; None where none acts."""
@@ -155,7 +159,7 @@ class Stream:
         del self.block.__dict__[_STREAM]
 
     def _refuse(self, block: nn.Module, args: Any) -> None:
-        if self._sends or any(self.acts(kind) for kind in EDGES):
+        if any(layer.active for layer in map(self.layer, EDGES) if layer is not None):
             raise UserError(
                 "these shortcuts were made on a model without weights: load those before the adapter is made"
             )
