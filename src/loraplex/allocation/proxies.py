@@ -341,7 +341,7 @@ def _twice_differentiable(scene: Scene) -> Iterator[None]:
     before = getattr(model.config, "_attn_implementation", None)
     # a hook on the frozen linear makes the site call it as it is, instead of fusing it
     linear = [candidate.layer.base_layer for candidate in scene.candidates if candidate.weight is not None]
-    handles = [module.register_forward_pre_hook(lambda module, args: None) for module in linear]  # type: ignore[union-attr, operator]
+    handles = [module.register_forward_pre_hook(lambda module, args: None) for module in linear]  # type: ignore[union-attr]
     try:
         if before is not None:
             model.set_attn_implementation("eager")

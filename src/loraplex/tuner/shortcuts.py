@@ -52,7 +52,8 @@ class ShortcutLayer(AdapterLayer):
 
     def neighbor(self) -> Tensor:
         """Return a frozen tensor of the block, one of its vectors where it has any: matrices may be quantized."""
-        own = [parameter for name, parameter in self.__dict__["_block"].named_parameters() if ADAPTERS not in name]
+        block: nn.Module = self.__dict__["_block"]
+        own = [parameter for name, parameter in block.named_parameters() if ADAPTERS not in name]
         return next((parameter for parameter in own if parameter.dim() == 1), own[0])
 
     @property
