@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.allocation.scenes import adapted, batches, scene
-from tests.allocation.test_driving import state, train
+from tests.allocation.test_driving import arguments, state, train
 from tests.reference import shortcuts as reference
-from tests.tuner.tiny_models import llama
+from tests.tuner.tiny_models import bert, llama
 from torch.nn import functional as F
+from transformers import Trainer
 
 from loraplex import AdapterConfig, Hetero, UserError
 from loraplex.allocation.contracts import Candidate, Scene
@@ -164,6 +166,26 @@ def test_resumed_training_equals_uninterrupted(allocation: Hetero, tmp_path: Pat
     assert sum("shortcut" in name or "residual" in name for name in expected) == 7 * 3
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_encoder_keeps_its_head_and_its_shortcuts(tmp_path: Path) -> None:
+    rows = [{"input_ids": list(range(5 + i, 12 + i)), "labels": i % 3} for i in range(16)]
+    options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "r": 4, "seed": 1}
+    allocation = Hetero(batches=2, every=2, share=0.4, shortcuts=True, rankings="two")
+    model = get_peft_model(bert(), AdapterConfig(allocation=allocation, **options))
+    trainer = Trainer(model, arguments(tmp_path, max_steps=5), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(bert(), tmp_path / "adapter").eval()
+    ranks = decisions(trainer.state.log_history)[-1]["ranks"]
+    kept = {layer.site for layer in again.base_model.adapter_layers()}
+    assert kept == {site for site, rank in ranks.items() if rank}
+    assert any(is_edge(site) for site in kept)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        found, expected = again(input_ids=ids).logits, model.eval()(input_ids=ids).logits
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, bert()(input_ids=ids).logits)
 
 
 def test_shortcuts_that_all_lose_leave_plain_lora(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from peft import PeftModel, get_peft_model
 from tests.reference import shortcuts as reference
 from tests.tuner.tiny_models import build, config, frozen_copy, llama, logits, move, same, tokens, trainable
 from transformers import (
+    AutoConfig,
+    AutoModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -17,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from loraplex import UserError, load_adapter
+from loraplex import Echo, UserError, load_adapter
 from loraplex.allocation.sites import EDGES
 from loraplex.tuner.matching import find_sites
 
@@ -348,6 +350,45 @@ def test_the_list_of_sites_has_the_edges():
     ]
     assert {site.layer for site in sites} == {1}
     assert [site.edge for site in sites] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "mixtral", "distilbert"])
+def test_blocks_are_found_by_what_they_do(kind):
+    """A norm behind every branch; a sum that goes into the MLP itself; experts; an encoder with other names."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
+    encoder = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64}
+    made = AutoConfig.for_model(kind, **(encoder if kind == "distilbert" else sizes | heads))
+    base = AutoModel.from_config(made).eval()
+    with torch.no_grad():
+        expected = base(input_ids=tokens()).last_hidden_state
+        model = get_peft_model(base, config(allocation=ALL, task_type=None, target_modules="all-linear")).eval()
+        assert torch.equal(model(input_ids=tokens()).last_hidden_state, expected)
+        move(model)
+        moved = model(input_ids=tokens()).last_hidden_state
+        for factors in shortcut_factors(model).values():
+            factors.gate.zero_()
+        assert not torch.equal(model(input_ids=tokens()).last_hidden_state, moved)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_an_objective_with_two_passes_and_its_own_way_through_checkpoints(reentrant):
+    echo = Echo(probability=1.0, ramp=0, target_dropout=0.0)
+    base = llama(num_hidden_layers=4)
+    model = adapted(base=base, objective=echo, init_weights=False).train()
+    labels = tokens().clone()
+    labels[:, :4] = -100
+    twin = copy.deepcopy(model)
+    twin.enable_input_require_grads()
+    twin.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = []
+    for each in (model, twin):
+        each(input_ids=tokens(), labels=labels).loss.backward()
+        found.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert sum(".shortcut_" in name or ".residual_" in name for name in found[0]) == 2 * 15
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def neox():

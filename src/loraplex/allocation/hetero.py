@@ -168,7 +168,7 @@ REGISTRY.add(
         name="hetero",
         axis=Axis.ALLOCATION,
         options=Hetero,
-        summary="the ranks go to the sites that a zero-cost proxy ranks highest",
+        summary="the ranks go to the sites, and shortcuts if asked for, that a zero-cost proxy ranks highest",
         paper="arXiv 2406.14956",
         parameters="–",
         needs=frozenset({Capability.GATES, Capability.SHRINKS}),
