@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tests.reference import shortcuts as reference
 from tests.tuner.tiny_models import build, config, frozen_copy, llama, logits, move, same, tokens, trainable
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -171,6 +172,18 @@ def test_the_edge_into_a_block_whose_predecessor_has_none():
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_other_checkpoints_stop_where_a_block_needs_the_one_before_it():
+    model = adapted(init_weights=False).train()
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+    with pytest.raises(UserError, match="block 1 has a shortcut from the block before it, which did not run before it"):
+        gradients(model)
+    kinds = [kind for kind in EDGES if kind != "shortcut_mlp"]
+    expected, model = (adapted(allocation={**ALL, "shortcuts": kinds}, init_weights=False).train() for _ in range(2))
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+    found = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gradients(model).items()}
+    assert all(torch.equal(found[name], value) for name, value in gradients(expected).items())
 
 
 def test_batches_without_padding_have_the_same_loss_and_gradients():
