@@ -7,7 +7,7 @@ from tests.tuner.tiny_models import llama
 from loraplex import AdapterConfig
 from loraplex.allocation.budget import Budget
 from loraplex.allocation.contracts import Scene
-from loraplex.tuner.drive import _candidate
+from loraplex.tuner.drive import candidates_of
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -27,7 +27,7 @@ def batches(count=3, rows=2, length=7):
 
 
 def scene(model, found=None, budget=None, seed=0):
-    candidates = [_candidate(layer, "default") for layer in model.base_model.site_layers()]
+    candidates = candidates_of(model.base_model, "default")
     return Scene(
         candidates=candidates,
         budget=budget or Budget(2, "modules"),

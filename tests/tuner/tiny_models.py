@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -52,8 +54,21 @@ def bert() -> BertForSequenceClassification:
     return _random(BertForSequenceClassification, config)
 
 
+def opt(do_layer_norm_before: bool = True) -> OPTForCausalLM:
+    """Norms before the branches, or on the sums as OPT-350M has them."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    places = {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    tokens = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    return _random(OPTForCausalLM, OPTConfig(**sizes, **places, **tokens, do_layer_norm_before=do_layer_norm_before))
+
+
+def opt_post() -> OPTForCausalLM:
+    return opt(do_layer_norm_before=False)
+
+
 def build(architecture: str) -> PreTrainedModel:
-    return {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "bert": bert}[architecture]()
+    made = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "bert": bert, "opt": opt, "opt-post": opt_post}
+    return made[architecture]()
 
 
 def _random(cls: type[PreTrainedModel], config) -> PreTrainedModel:

@@ -48,10 +48,11 @@ class Budget:
         return f"{self.amount:,} {self.unit}"
 
 
-def share_of(candidates: Sequence[Priced], share: float, unit: str) -> Budget:
-    """Return the budget that is a share p of all candidates at full rank: ⌊p·Σ price⌋."""
+def share_of(candidates: Sequence[Priced], share: float, unit: str, *, rounded: bool = False) -> Budget:
+    """Return the budget that is a share p of all candidates at full rank: ⌊p·Σ price⌋, or `rounded` to the nearest."""
     whole = Budget(0, unit)
-    return Budget(math.floor(share * sum(whole.price(candidate, candidate.ranks) for candidate in candidates)), unit)
+    amount = share * sum(whole.price(candidate, candidate.ranks) for candidate in candidates)
+    return Budget(round(amount) if rounded else math.floor(amount), unit)
 
 
 def most_parameters(candidates: Sequence[Priced], budget: Budget) -> int:

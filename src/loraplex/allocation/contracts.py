@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loraplex.adapters.contracts import SiteAdapter
 from loraplex.allocation.budget import Budget
+from loraplex.allocation.edges import Edges
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.sites import Site
 
@@ -33,8 +34,8 @@ class Candidate:
     layer: nn.Module
     """The module in the model whose output the adapter changes."""
     adapter: SiteAdapter
-    weight: Callable[[], Tensor]
-    """Gives the frozen weight (out, in)."""
+    weight: Callable[[], Tensor] | None
+    """Gives the frozen weight (out, in); None on a residual edge, which has none."""
 
     @property
     def name(self) -> str:
@@ -110,6 +111,11 @@ class Allocator(ABC):
     """Whether ranks are opened or closed at all, so that somebody has to drive it."""
     batches = 1
     """How many batches a revision looks at."""
+
+    @property
+    def edges(self) -> Edges | None:
+        """Which residual edges are candidates beside the linear maps; None where there are none."""
+        return None
 
     def allocated_rank(self, rank: int) -> int:
         """Return how many ranks a site is built with that starts with `rank` open ones."""

@@ -4,6 +4,8 @@ Paper: Zhang et al., Unlocking the Global Synergies in Low-Rank Adapters, arXiv 
 allocation as in the official code (ZixiBenZhang/lora_global_synergies): with N candidates of equal rank, ⌊p·N⌋ are on.
 Static: scored once, before training. Dynamic: scored again every so often, on the same batches, with all candidates on;
 a site that loses is bypassed, keeps its values, and may come back. Ranks in proportion to the score are our extension.
+With M shortcuts as further candidates (see `allocation.shortcuts`) the budget is ⌊p·N⌋ + round(p·M), in one ranking
+over both, or in one for each of them.
 """
 
 from __future__ import annotations
@@ -17,16 +19,19 @@ import torch
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method
 from loraplex.allocation.budget import UNITS, Budget, check_share, check_unit, share_of
 from loraplex.allocation.choosing import in_proportion, on_or_off
-from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
+from loraplex.allocation.contracts import Candidate, Gates, Revision, Scene
 from loraplex.allocation.proxies import PROXIES, Scoring, score
+from loraplex.allocation.shortcuts import ShortcutOptions
 from loraplex.errors import UserError, nearest
 
 _BLIND = ("snip", "synflow")
 """Proxies that see nothing where B = 0."""
+_OF_WEIGHTS = ("fisher",)
+"""Proxies of what a frozen weight puts out, which a residual edge has not."""
 
 
 @dataclass(frozen=True)
-class Hetero(Allocator):
+class Hetero(ShortcutOptions):
     """Options of HeteroLoRA; those of the paper are the defaults."""
 
     proxy: str = "grad_norm"
@@ -55,9 +60,12 @@ class Hetero(Allocator):
     """For alpha_test: by which share the loss may rise."""
     synflow: str = "logits"
     """For synflow: the sum of the "logits", or the "loss"."""
+    rankings: str = "one"
+    """With shortcuts: "one" ranking over them and the linear sites, or "two", each with its own share."""
 
     def __post_init__(self) -> None:
         """Refuse what is not among the choices."""
+        super().__post_init__()
         choices: dict[str, Sequence[str]] = {
             "proxy": list(PROXIES),
             "ranks": ("on_or_off", "proportional"),
@@ -67,6 +75,7 @@ class Hetero(Allocator):
             "scoring_init": ("own", "random"),
             "synflow": ("logits", "loss"),
             "unit": UNITS,
+            "rankings": ("one", "two"),
         }
         for name, known in choices.items():
             _check_choice(name, getattr(self, name), known)
@@ -80,6 +89,9 @@ class Hetero(Allocator):
                 raise UserError(f"{name} is {value!r}: give a whole number of at least {least}")
         if self.every is not None and (isinstance(self.every, bool) or not self.every > 0):
             raise UserError(f"every is {self.every!r}: give steps, or a part of an epoch below 1")
+        if self.shortcuts and (self.proxy in _OF_WEIGHTS or self.of == "frozen"):
+            what = f"proxy {self.proxy}" if self.of == "adapter" else "of: frozen"
+            raise UserError(f"{what} looks at the frozen weight of a site, and shortcuts have none: take grad_norm")
 
     def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
         """Return the first revision and, for the dynamic method, those after it."""
@@ -90,10 +102,8 @@ class Hetero(Allocator):
 
     def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
         """Return all gates open, which lasts until the first revision, and the budget."""
-        return (
-            {candidate.name: torch.ones(candidate.ranks) for candidate in candidates},
-            share_of(candidates, self.share, self.unit),
-        )
+        amount = sum(budget.amount for _, budget in self._rankings(candidates))
+        return {candidate.name: torch.ones(candidate.ranks) for candidate in candidates}, Budget(amount, self.unit)
 
     def revise(self, scene: Scene) -> Revision:
         """Score all candidates and give the budget to the best.
@@ -105,12 +115,26 @@ class Hetero(Allocator):
         if self.proxy != "constant" and not any(scores.values()):
             raise UserError(self._blind(scene))
         tied: list[str] = []
-        if self.ranks == "proportional":
-            ranks = in_proportion(scene.candidates, scores, scene.budget)
-        else:
-            ranks, tied = on_or_off(scene.candidates, scores, scene.budget, scene.generator())
+        ranks: dict[str, int] = {}
+        generator = scene.generator()
+        for candidates, budget in self._rankings(scene.candidates):
+            if self.ranks == "proportional":
+                ranks |= in_proportion(candidates, {c.name: scores[c.name] for c in candidates}, budget)
+            else:
+                chosen, equal = on_or_off(candidates, scores, budget, generator)
+                ranks |= chosen
+                tied += equal
         remark = f"chance decided between {len(tied)} sites of equal score" if tied else ""
         return Revision({c.name: _first(ranks[c.name], c.ranks) for c in scene.candidates}, scores, remark)
+
+    def _rankings(self, candidates: Sequence[Candidate]) -> list[tuple[list[Candidate], Budget]]:
+        """Return what is ranked together, with its budget: ⌊p·N⌋ of linear sites, round(p·M) of shortcuts."""
+        linear = [candidate for candidate in candidates if not candidate.site.edge]
+        edges = [candidate for candidate in candidates if candidate.site.edge]
+        budgets = share_of(linear, self.share, self.unit), share_of(edges, self.share, self.unit, rounded=True)
+        if self.rankings == "two" and edges:
+            return list(zip((linear, edges), budgets, strict=True))
+        return [(list(candidates), Budget(sum(budget.amount for budget in budgets), self.unit))]
 
     @property
     def _scoring(self) -> Scoring:
@@ -144,7 +168,7 @@ REGISTRY.add(
         name="hetero",
         axis=Axis.ALLOCATION,
         options=Hetero,
-        summary="the ranks go to the sites that a zero-cost proxy ranks highest",
+        summary="the ranks go to the sites, and shortcuts if asked for, that a zero-cost proxy ranks highest",
         paper="arXiv 2406.14956",
         parameters="–",
         needs=frozenset({Capability.GATES, Capability.SHRINKS}),

@@ -52,7 +52,7 @@ def score(proxy: str, scene: Scene, how: Scoring) -> Scores:
     Gates, gradients, weights, modes and the random generators are afterwards as they were.
 
     Raises:
-        UserError: when a frozen weight that is asked for is quantized.
+        UserError: when a frozen weight that is asked for is quantized, or missing, as on a residual edge.
     """
     if proxy == "constant":
         # nothing to look at, and no size to divide by
@@ -128,6 +128,8 @@ def fisher(scene: Scene, how: Scoring) -> Scores:
 
         return forward
 
+    for candidate in scene.candidates:
+        _weight(candidate)
     handles = [candidate.layer.register_forward_hook(watch(candidate)) for candidate in scene.candidates]
     try:
         for batch in scene.batches:
@@ -239,7 +241,13 @@ def _of_gradients(
 
 def _tensors(candidate: Candidate, how: Scoring) -> list[Tensor]:
     """Return θ of a site: the trained tensors of its factors, or W0."""
-    return [candidate.weight()] if how.of == "frozen" else list(candidate.parameters())
+    return [_weight(candidate)] if how.of == "frozen" else list(candidate.parameters())
+
+
+def _weight(candidate: Candidate) -> Tensor:
+    if candidate.weight is None:
+        raise UserError(f"{candidate.name} is a shortcut, which has no frozen weight: score the adapter instead")
+    return candidate.weight()
 
 
 def mean_over_processes(tensors: Sequence[Tensor]) -> None:
@@ -306,7 +314,7 @@ def _drawn(scene: Scene, how: Scoring) -> Iterator[None]:
     """Let frozen weights have gradients where they are asked for, and draw B where the initial one is 0."""
     if how.of == "frozen":
         for candidate in scene.candidates:
-            weight = candidate.weight()
+            weight = _weight(candidate)
             if not weight.is_floating_point() or not isinstance(weight, nn.Parameter):
                 raise UserError(f"{candidate.name} is quantized or transposed: its frozen weight has no gradient here")
             weight.requires_grad_(True)
@@ -332,7 +340,8 @@ def _twice_differentiable(scene: Scene) -> Iterator[None]:
     model: Any = scene.model
     before = getattr(model.config, "_attn_implementation", None)
     # a hook on the frozen linear makes the site call it as it is, instead of fusing it
-    handles = [c.layer.base_layer.register_forward_pre_hook(lambda module, args: None) for c in scene.candidates]  # type: ignore[union-attr]
+    linear = [candidate.layer.base_layer for candidate in scene.candidates if candidate.weight is not None]
+    handles = [module.register_forward_pre_hook(lambda module, args: None) for module in linear]  # type: ignore[union-attr]
     try:
         if before is not None:
             model.set_attn_implementation("eager")

@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+EDGES = ("residual_attention", "residual_mlp", "shortcut_block", "shortcut_mlp")
+"""Kinds of residual edges, see `allocation.shortcuts`; the last part of their sites' names."""
+FROM_BEFORE = "shortcut_mlp"
+"""The kind of edge that comes from the block before."""
+
+
+def is_edge(name: str) -> bool:
+    """Whether a site's name is that of a residual edge, where the base model has no weight."""
+    return name.rpartition(".")[2] in EDGES
+
 
 @dataclass(frozen=True)
 class Site:
-    """One linear map of the base model."""
+    """One linear map of the base model, or an edge between two points of its residual stream."""
 
     name: str
-    """Full module name in the base model."""
+    """Full module name in the base model; of an edge that of its block and the kind of edge."""
     in_features: int
     out_features: int
     bias: bool
@@ -20,6 +30,11 @@ class Site:
     def kind(self) -> str:
         """The module's own name, the same in every layer (q_proj, c_attn, query)."""
         return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def edge(self) -> bool:
+        """Whether it is a residual edge."""
+        return is_edge(self.name)
 
     @property
     def layer(self) -> int | None:

@@ -9,12 +9,13 @@ import torch
 
 from loraplex.adapters.registry import REGISTRY, Axis, Method
 from loraplex.allocation.budget import Budget
-from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
+from loraplex.allocation.contracts import Candidate, Gates, Revision, Scene
+from loraplex.allocation.shortcuts import ShortcutOptions
 
 
 @dataclass(frozen=True)
-class Uniform(Allocator):
-    """Options of the uniform allocation: there are none."""
+class Uniform(ShortcutOptions):
+    """Options of the uniform allocation: whether there are shortcuts, all of them open."""
 
     moves_ranks = False
 

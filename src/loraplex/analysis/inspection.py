@@ -18,7 +18,7 @@ from loraplex.analysis.spectrum import singular_values, stable_rank
 from loraplex.data import DataOptions, read_examples, tokenize
 from loraplex.errors import UserError
 from loraplex.export.base_lines import is_embedded
-from loraplex.export.pairs import SitePair, plain_form, read_pairs, site_ranks, trained_parameters
+from loraplex.export.pairs import SitePair, every_pair, open_shortcuts, read_pairs, site_ranks, trained_parameters
 from loraplex.export.subject import Subject, trained_beside
 from loraplex.export.targets import refusals
 from loraplex.models.adapted import adapter_folder, base_name, load_adapted
@@ -87,6 +87,7 @@ def inspect(adapter: str, model: str | None = None, data: DataOptions | None = N
     file = folder / SAFETENSORS_WEIGHTS_NAME
     tensors = load_file(file)
     routing = _kept_routing(folder)
+    shortcuts: tuple[str, ...] = ()
     if data is not None and Capability.ROUTED not in config.typed_adapter.methods[0].provides:
         raise UserError(f"'{adapter}' routes nothing, so there are no gates to measure: leave --data out")
     if not any(f".{LoraplexTuner.prefix}" in key for key in tensors):
@@ -96,11 +97,12 @@ def inspect(adapter: str, model: str | None = None, data: DataOptions | None = N
     else:
         loaded = load_adapted(adapter, model, "float32")
         one_pair = config.typed_adapter.plain is not Deployed.OWN and site_ranks(loaded)
-        pairs, parameters = plain_form(loaded).pairs if one_pair else {}, trained_parameters(loaded)
-        saved_as = Deployed.OWN
+        pairs, parameters = every_pair(loaded) if one_pair else {}, trained_parameters(loaded)
+        saved_as, shortcuts = Deployed.OWN, open_shortcuts(loaded)
         if data is not None:
             routing = _measured_routing(loaded, load_tokenizer(model or base_name(adapter)), data)
-    subject = Subject(config, {site: pair.rank for site, pair in pairs.items()}, _base_config(adapter, model))
+    ranks = {site: pair.rank for site, pair in pairs.items()}
+    subject = Subject(config, ranks, _base_config(adapter, model), shortcuts=shortcuts)
     return Inspection(
         folder=folder,
         method=subject.name,

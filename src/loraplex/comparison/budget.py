@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from loraplex.adapters.contracts import scaling
 from loraplex.adapters.registry import parse_adapter
+from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError
 from loraplex.training.estimate import build_without_weights, model_config
 from loraplex.training.preparation import adapter_config
@@ -72,7 +73,7 @@ class Counter:
             model = build_without_weights(recipe, self._config, self._dtype)
             trainable, total = model.get_nb_trainable_parameters()
             modules = model.get_base_model().named_modules()
-            adapted = [name for name, module in modules if isinstance(module, BaseTunerLayer)]
+            adapted = [name for name, module in modules if isinstance(module, BaseTunerLayer) and not is_edge(name)]
             self._found[key] = (trainable, total, adapted)
         return self._found[key]
 

@@ -16,7 +16,7 @@ from loraplex.data import DataOptions, Example, read_examples
 from loraplex.errors import UserError
 from loraplex.export.card import CardFacts, is_export, write_card
 from loraplex.export.history import read_history
-from loraplex.export.pairs import site_ranks, trained_parameters
+from loraplex.export.pairs import open_shortcuts, site_ranks, trained_parameters
 from loraplex.export.static_gates import (
     Approximation,
     StaticGates,
@@ -94,7 +94,7 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
     calibration = order.static.examples() if order.static else []
     dtype = _dtype(target, order, subject.base)
     model = _load(base, folder, order.dequantize)
-    subject = replace(subject, ranks=site_ranks(model))
+    subject = replace(subject, ranks=site_ranks(model), shortcuts=open_shortcuts(model))
     _refuse(target, subject, order)
     if not any(subject.ranks.values()):
         raise UserError(

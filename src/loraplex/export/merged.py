@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from loraplex.errors import UserError
-from loraplex.export.subject import Subject, without_weights
+from loraplex.export.subject import Subject, has_shortcuts, without_weights
 from loraplex.export.target import Logits, Target, Writing
 from loraplex.models.agreement import model_logits
 from loraplex.models.loading import load_model, quiet, resolve_model
@@ -24,6 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def refuse(subject: Subject) -> str | None:
     """Refuse what cannot be written into a weight, and quantized bases."""
+    if (reason := has_shortcuts(subject)) is not None:
+        return reason
     if not subject.adapter.mergeable:
         return f"'{subject.name}' changes tokens differently, so no weight holds it; {without_weights(subject)}"
     if subject.quantization is not None:

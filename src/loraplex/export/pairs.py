@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError
 from loraplex.tuner.model import LoraplexTuner
 from loraplex.tuner.plain import plain_adapter, write_adapter
+from loraplex.tuner.saving import plain_tensors
 
 _PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -148,3 +150,22 @@ def site_ranks(model: PeftModel) -> dict[str, int]:
         if name in layer.loraplex_adapters and (rank := len(layer.adapter(name).factors.compact()[0])):
             ranks[layer.site] = rank
     return ranks
+
+
+def open_shortcuts(model: PeftModel) -> tuple[str, ...]:
+    """Return the residual edges on which the active adapter has open ranks."""
+    assert isinstance(model.base_model, LoraplexTuner)
+    return tuple(model.base_model.open_shortcuts(model.active_adapter))
+
+
+def every_pair(model: PeftModel) -> dict[str, SitePair]:
+    """Return the pairs of the active adapter, one per site as PEFT holds it, and of its shortcuts by residual edge."""
+    assert isinstance(model.base_model, LoraplexTuner)
+    name = model.active_adapter
+    _, tensors = plain_tensors(model.base_model.site_layers(), name)
+    pairs = read_pairs({key: tensor.detach().cpu() for key, tensor in tensors.items()}, lambda site: 1.0)
+    for layer in model.base_model.adapter_layers(name):
+        if is_edge(layer.site) and layer.adapter(name).factors.open_ranks:
+            a, b = layer.adapter(name).factors.compact()
+            pairs[layer.site] = SitePair(a.cpu().float(), b.cpu().float())
+    return pairs

@@ -24,8 +24,9 @@ from loraplex.evaluation import Accuracy, score_options
 from loraplex.export.subject import Subject
 from loraplex.export.verification import LONGEST
 from loraplex.models.agreement import Agreement, compare, model_logits
+from loraplex.tuner.building import build_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.model import LoraplexTuner, build_adapter
+from loraplex.tuner.model import LoraplexTuner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

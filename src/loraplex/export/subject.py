@@ -20,6 +20,8 @@ class Subject:
     """The base model's transformers config; None where it is not at hand."""
     dequantize: bool = False
     """Whether a quantized base shall be taken as what its weights stand for."""
+    shortcuts: tuple[str, ...] = ()
+    """Residual edges with open ranks; empty before the weights are read."""
 
     @property
     def adapter(self) -> Adapter:
@@ -44,8 +46,23 @@ class Subject:
         return str(values.get("quant_method") or "an unnamed method")
 
 
+def has_shortcuts(subject: Subject) -> str | None:
+    """Return why an adapter with shortcuts fits into no weight and no pair, or None where it has none."""
+    allocation = subject.config.typed_allocation
+    # where ranks move, only the weights tell which edges are open
+    if not subject.shortcuts and (allocation.edges is None or allocation.moves_ranks):
+        return None
+    named = f"{len(subject.shortcuts)} shortcuts, such as {subject.shortcuts[0]}," if subject.shortcuts else "shortcuts"
+    return (
+        f"'{subject.name}' has {named} between points of the residual stream, where the model has no weight and other "
+        "programs add nothing; serve it with loraplex itself, or train without shortcuts"
+    )
+
+
 def not_one_pair(subject: Subject) -> str | None:
     """Return why the adapter is not one pair (with or without a magnitude) per site, or None when it is."""
+    if (reason := has_shortcuts(subject)) is not None:
+        return reason
     if subject.adapter.plain is not Deployed.OWN:
         return None
     other = "'--to merged' writes the whole model" if subject.adapter.mergeable else without_weights(subject)

@@ -27,7 +27,7 @@ from loraplex.adapters.contracts import Rate, SiteAdapter
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Weights
-from loraplex.objectives.blocks import Blocks, find_blocks
+from loraplex.models.blocks import Blocks, find_blocks
 from loraplex.objectives.contracts import Again, Batch, Means, Objective, ObjectiveInit, Outcome
 from loraplex.objectives.echo_networks import EchoNetworks, seeded
 from loraplex.objectives.echo_options import EchoOptions

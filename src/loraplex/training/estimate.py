@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -27,8 +28,10 @@ from loraplex.training.probe import BlockCost, measure_block
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.drive import budget_of
-from loraplex.tuner.layer import SiteLayer
+from loraplex.tuner.layer import AdapterLayer, SiteLayer
 from loraplex.tuner.packing import unsupported
+
+_Layer = TypeVar("_Layer", bound=AdapterLayer)
 
 # Numbers of state per trained number; other optimizers are taken for the first.
 OPTIMIZER_STATE = {"adamw": 2.0, "sgd": 0.0, "adafactor": 0.02, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
@@ -70,7 +73,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Kind:
-    """The sites of one kind of module."""
+    """The sites of one kind of module, or of one kind of residual edge."""
 
     name: str
     sites: int
@@ -140,14 +143,14 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     kinds = list(_kinds(model))
     padded = adapter.padding_free is False or unsupported(model.get_base_model()) is not None
     batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows], padded)
-    names = [kind.name for kind in kinds if kind.sites]
+    names = list(dict.fromkeys(layer.site.rpartition(".")[2] for layer in _layers(model, SiteLayer)))
     block = measure_block(recipe, config, dtype, names, batches.largest)
     trainable, total = model.get_nb_trainable_parameters()
     bounded = budget_of(model)
     learned = sum(sum(row["completion_mask"]) for row in rows.train.rows) / len(rows.train.rows)
     return Estimate(
         kinds=kinds,
-        ranks={layer.site: _rank(layer) for layer in _site_layers(model)},
+        ranks={layer.site: _rank(layer) for layer in _layers(model, AdapterLayer)},
         trainable=trainable,
         kept=None if bounded is None else bounded[1],
         budget=None if bounded is None else str(bounded[0]),
@@ -231,7 +234,7 @@ def _seconds(
     text = config.get_text_config()
     blocks: int = text.num_hidden_layers
     per_token = block.seconds / batches.most_tokens
-    layers = list(_site_layers(model))
+    layers = list(_layers(model, SiteLayer))
     flops_per_block = FROZEN_FLOPS * sum(x.in_features * x.out_features for x in layers) / blocks
     head: float = FROZEN_FLOPS * text.vocab_size * text.hidden_size * learned * batches.rows
     again = 4 / 3 if recipe.training.gradient_checkpointing else 1.0
@@ -242,8 +245,8 @@ def _seconds(
 
 def _kinds(model: PeftModel) -> Iterator[Kind]:
     """Yield one entry per kind of adapted module, and one for whatever else is trained."""
-    groups: dict[str, list[SiteLayer]] = {}
-    for layer in _site_layers(model):
+    groups: dict[str, list[AdapterLayer]] = {}
+    for layer in _layers(model, AdapterLayer):
         groups.setdefault(layer.site.rpartition(".")[2], []).append(layer)
     counted = 0
     for name, layers in groups.items():
@@ -255,11 +258,11 @@ def _kinds(model: PeftModel) -> Iterator[Kind]:
         yield Kind("trained besides", 0, (0, 0), rest)
 
 
-def _site_layers(model: nn.Module) -> Iterator[SiteLayer]:
-    return (module for module in model.modules() if isinstance(module, SiteLayer))
+def _layers(model: nn.Module, kind: type[_Layer]) -> Iterator[_Layer]:
+    return (module for module in model.modules() if isinstance(module, kind))
 
 
-def _rank(layer: SiteLayer) -> int:
+def _rank(layer: AdapterLayer) -> int:
     return layer.adapter(next(iter(layer.loraplex_adapters))).factors.rank
 
 

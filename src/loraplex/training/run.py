@@ -316,7 +316,7 @@ def _plan(model: PeftModel) -> Plan:
     from loraplex.tuner.model import LoraplexTuner
 
     assert isinstance(model.base_model, LoraplexTuner)
-    layers = model.base_model.site_layers()
+    layers = model.base_model.adapter_layers(model.active_adapter)
     return Plan({layer.site: layer.adapter(model.active_adapter).factors.open_ranks for layer in layers})
 
 

@@ -80,8 +80,9 @@ def _moves(config: Any) -> bool:
 
 
 def _holds(held: set[int], tuner: LoraplexTuner, name: str) -> bool:
-    layers = [layer for layer in tuner.site_layers() if name in layer.loraplex_adapters]
-    return any(id(p) in held for layer in layers for p, _ in layer.adapter(name).factors.along_ranks())
+    return any(
+        id(p) in held for layer in tuner.adapter_layers(name) for p, _ in layer.adapter(name).factors.along_ranks()
+    )
 
 
 def _keep_still(optimizer: torch.optim.Optimizer, factors: Factors, tensors: list[tuple[nn.Parameter, int]]) -> None:

@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from loraplex.adapters.contracts import check_rank
 from loraplex.adapters.registry import Adapter, Axis, Deployed, describe_member, illegal, parse_adapter, parse_member
 from loraplex.allocation.contracts import Allocator
+from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError, nearest
 from loraplex.methods import REGISTRY
 
@@ -149,21 +150,33 @@ class AdapterConfig(PeftConfig):
     def deployed(self) -> Deployed:
         """The form in which this adapter is saved now: its own type as long as it is live or an objective attached."""
         attached = REGISTRY.of_options(self.typed_objective).deployed is Deployed.OWN
-        return Deployed.OWN if self.live or attached else self.typed_adapter.deployed
+        return Deployed.OWN if self.live or attached or self.has_shortcuts else self.typed_adapter.deployed
+
+    @property
+    def has_shortcuts(self) -> bool:
+        """Whether there are shortcuts, and no finished allocation has closed them all."""
+        if self.finished_ranks is None:
+            return self.typed_allocation.edges is not None
+        return any(rank > 0 for site, rank in self.finished_ranks.items() if is_edge(site))
 
     @property
     def only_peft_model(self) -> str:
         """Why PEFT's tuner must stay around the model, empty where it need not."""
         objective = REGISTRY.of_options(self.typed_objective).only_peft_model
-        return " and ".join(reason for reason in (self.typed_adapter.only_peft_model, objective) if reason)
+        edges = "its shortcuts are no modules of the base model" if self.typed_allocation.edges is not None else ""
+        return " and ".join(reason for reason in (self.typed_adapter.only_peft_model, objective, edges) if reason)
 
     def rank_of(self, site: str) -> int:
-        """Return the rank configured for a full module name."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), site), self.r)
+        """Return the rank configured for a full module name, or that of a residual edge."""
+        edges = self.typed_allocation.edges if is_edge(site) else None
+        default = self.r if edges is None else edges.r
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), site), default)
 
     def alpha_of(self, site: str) -> float:
-        """Return the alpha configured for a full module name."""
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), site), self.alpha)
+        """Return the alpha configured for a full module name, or that of a residual edge."""
+        edges = self.typed_allocation.edges if is_edge(site) else None
+        default = self.alpha if edges is None else edges.alpha
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), site), default)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json: PEFT's own LoRA config where the adapter is exactly that, ours otherwise."""
@@ -171,7 +184,9 @@ class AdapterConfig(PeftConfig):
             # PEFT adds the classification heads at every load
             self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
         if self.deployed is Deployed.OWN:
-            super().save_pretrained(save_directory, **kwargs)
+            from loraplex.tuner.compaction import finished_config
+
+            super(AdapterConfig, finished_config(self)).save_pretrained(save_directory, **kwargs)
         else:
             from loraplex.tuner.peft_lora import to_lora_config
 

@@ -20,7 +20,7 @@ from loraplex.allocation.sites import Site
 from loraplex.errors import UserError
 from loraplex.tuner.closed_ranks import driven
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import SiteLayer
+from loraplex.tuner.layer import AdapterLayer, SiteLayer
 from loraplex.tuner.model import LoraplexTuner
 
 
@@ -73,7 +73,7 @@ class Drive:
         self.total_steps = total_steps
         self._batches, self._say = batches, say
         self._due = frozenset(self.allocator.due(total_steps, steps_per_epoch))
-        self.candidates = [_candidate(layer, adapter_name) for layer in _layers(tuner, adapter_name)]
+        self.candidates = candidates_of(tuner, adapter_name)
         start, self.budget = self.allocator.start(self.candidates, config.rank_of)
         self._start = start
 
@@ -155,7 +155,7 @@ def budget_of(model: nn.Module, adapter_name: str = "default") -> tuple[Budget, 
     assert isinstance(config, AdapterConfig)
     if not config.typed_allocation.moves_ranks:
         return None
-    candidates = [_candidate(layer, adapter_name) for layer in _layers(tuner, adapter_name)]
+    candidates = candidates_of(tuner, adapter_name)
     _, budget = config.typed_allocation.start(candidates, config.rank_of)
     return budget, most_parameters(candidates, budget)
 
@@ -196,13 +196,16 @@ def drive_allocation(
     return drive
 
 
-def _layers(tuner: LoraplexTuner, adapter_name: str) -> list[SiteLayer]:
-    return [layer for layer in tuner.site_layers() if adapter_name in layer.loraplex_adapters]
+def candidates_of(tuner: LoraplexTuner, adapter_name: str) -> list[Candidate]:
+    """Return what an allocation of the adapter chooses among: its linear sites, then its shortcuts."""
+    return [_candidate(layer, adapter_name) for layer in tuner.adapter_layers(adapter_name)]
 
 
-def _candidate(layer: SiteLayer, adapter_name: str) -> Candidate:
-    site = Site(layer.site, layer.in_features, layer.out_features, layer.frozen.bias() is not None)
-    return Candidate(site, layer, layer.adapter(adapter_name), layer.frozen.parameter)
+def _candidate(layer: AdapterLayer, adapter_name: str) -> Candidate:
+    frozen = layer.frozen if isinstance(layer, SiteLayer) else None
+    bias = frozen is not None and frozen.bias() is not None
+    site = Site(layer.site, layer.in_features, layer.out_features, bias)
+    return Candidate(site, layer, layer.adapter(adapter_name), frozen.parameter if frozen is not None else None)
 
 
 def _on(batch: Batch, model: nn.Module) -> dict[str, Any]:

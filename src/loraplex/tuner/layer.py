@@ -1,4 +1,4 @@
-"""The one layer wrapper: a frozen linear map with the adapters of all names that sit on it."""
+"""The layers that hold adapters: what they have in common, and a frozen linear map with those that sit on it."""
 
 from __future__ import annotations
 
@@ -80,22 +80,55 @@ def cast(module: nn.Module, base: torch.dtype, autocast: bool) -> None:
             buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, dtype))
 
 
-class SiteLayer(nn.Module, BaseTunerLayer):
-    """Frozen linear plus adapters: y = base(x) + Σ Δy over the active adapters, each Δ taken against W0."""
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A place in a model, with the adapters of all names that sit there."""
 
     adapter_layer_names = (ADAPTERS,)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, site: str) -> None:
+    def __init__(self, site: str, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.site = site
+        self.in_features, self.out_features = in_features, out_features
         self.loraplex_adapters = nn.ModuleDict()
-        shape = features(base_layer)
-        assert shape is not None
-        self.in_features, self.out_features = shape
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+
+    def neighbor(self) -> Tensor:
+        """Return a frozen tensor of the base model: where it is and of which type, adapters follow."""
+        raise NotImplementedError
+
+    def adapter(self, name: str) -> SiteAdapter:
+        """Return the adapter of that name in this place."""
+        module = self.loraplex_adapters[name]
+        assert isinstance(module, SiteAdapter)
+        return module
+
+    def cast_adapter(self, name: str, autocast: bool) -> None:
+        """Cast an adapter's parameters: at least float32 when `autocast`, the dtype of the base otherwise."""
+        if name in self.loraplex_adapters:
+            cast(self.loraplex_adapters[name], self.neighbor().dtype, autocast)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype of the base, which rounds float32 adapters
+        target = self.neighbor().device if device is None else device
+        if adapter_name in self.loraplex_adapters and target.type != "meta":
+            module = self.loraplex_adapters[adapter_name]
+            if not any(tensor.is_meta for tensor in module.state_dict().values()):
+                module.to(target)
+                for shared in self.adapter(adapter_name).factors.borrowed():
+                    if not any(tensor.is_meta for tensor in shared.state_dict().values()):
+                        shared.to(target)
+
+
+class SiteLayer(AdapterLayer):
+    """Frozen linear plus adapters: y = base(x) + Σ Δy over the active adapters, each Δ taken against W0."""
+
+    def __init__(self, base_layer: nn.Module, site: str) -> None:
+        shape = features(base_layer)
+        assert shape is not None
+        super().__init__(site, *shape)
+        self.base_layer = base_layer
         # W0 while adapters are merged, so that unmerging is exact to the bit
         self._kept_weight: Tensor | None = None
 
@@ -104,11 +137,9 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         """The frozen linear map as it is now: quantizing or sharding may put another module in its place."""
         return FrozenLinear(self.base_layer)
 
-    def adapter(self, name: str) -> SiteAdapter:
-        """Return the adapter of that name on this site."""
-        module = self.loraplex_adapters[name]
-        assert isinstance(module, SiteAdapter)
-        return module
+    def neighbor(self) -> Tensor:
+        """Return the frozen weight as it is stored."""
+        return self.frozen.parameter()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return y (..., out) for x (..., in); `adapter_names` gives each row of the batch its own adapter."""
@@ -208,20 +239,3 @@ class SiteLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT that ΔW of this site can be computed."""
         return True
-
-    def cast_adapter(self, name: str, autocast: bool) -> None:
-        """Cast an adapter's parameters: at least float32 when `autocast`, the dtype of the base otherwise."""
-        if name not in self.loraplex_adapters:
-            return
-        cast(self.loraplex_adapters[name], self.frozen.parameter().dtype, autocast)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also casts to the dtype of the base, which rounds float32 adapters
-        target = self.frozen.parameter().device if device is None else device
-        if adapter_name in self.loraplex_adapters and target.type != "meta":
-            module = self.loraplex_adapters[adapter_name]
-            if not any(tensor.is_meta for tensor in module.state_dict().values()):
-                module.to(target)
-                for shared in self.adapter(adapter_name).factors.borrowed():
-                    if not any(tensor.is_meta for tensor in shared.state_dict().values()):
-                        shared.to(target)

@@ -19,16 +19,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.contracts import check_rank
+from loraplex.allocation.edges import edges_of
 from loraplex.allocation.sites import Site
 from loraplex.errors import UserError, nearest
+from loraplex.models.blocks import find_blocks
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import features
+from loraplex.tuner.shortcuts import ShortcutLayer
 
 _TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
-    """Return the sites that `config` adapts in `model`, in the order of its modules.
+    """Return the sites that `config` adapts in `model`, in the order of its modules, residual edges last.
 
     The model may carry adapters already; the config is not changed.
 
@@ -49,12 +52,32 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
             continue
         sites.append(Site(name, *shape, bias=getattr(frozen, "bias", None) is not None))
     _check_targets(model, config, sites, refused)
-    _check_patterns(config, sites)
+    edges = find_edges(model, config, [site.name for site in sites])
+    _check_patterns(config, sites + edges)
     _check_other_names(model, config)
     for site in sites:
         limit = config.typed_adapter.factors.largest_rank(site.in_features, site.out_features)
         check_rank(site.name, config.rank_of(site.name), limit)
-    return sites
+    for edge in edges:
+        check_rank(edge.name, config.rank_of(edge.name), edge.in_features)
+    return sites + edges
+
+
+def find_edges(model: nn.Module, config: AdapterConfig, linear: Iterable[str]) -> list[Site]:
+    """Return the residual edges that `config` has shortcuts on, in the blocks that hold the sites `linear`.
+
+    Raises:
+        UserError: when these lie in no blocks, or a name of an edge matches none.
+    """
+    wanted = config.typed_allocation.edges
+    if wanted is None:
+        return []
+    blocks = find_blocks(model, linear)
+    chosen = wanted.among(edges_of(blocks.path, len(blocks.modules), blocks.width))
+    indices = config.layers_to_transform
+    kept = [indices] if isinstance(indices, int) else indices
+    prefixes = None if not kept else tuple(f"{blocks.path}.{index}." for index in kept)
+    return [edge for edge in chosen if prefixes is None or edge.name.startswith(prefixes)]
 
 
 def resolved_targets(model: nn.Module, config: AdapterConfig) -> Any:
@@ -95,6 +118,8 @@ def without_absent_names(model: nn.Module, config: AdapterConfig) -> AdapterConf
             setattr(config, field, found or (listed if field == "target_modules" else None))
     if config.target_modules is not None and config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         names = [name for name in names if name and _matches(config, name)]
+    if config.typed_allocation.edges is not None:
+        names = [*names, *(edge.name for edge in find_edges(model, config, names))]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field).items()
         setattr(config, field, {p: value for p, value in patterns if any(_pattern_matches(p, n) for n in names)})
@@ -130,7 +155,7 @@ def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Yield the base model's modules under their own names, without what PEFT has put inside them."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if (name.startswith(inside) and inside) or isinstance(module, ShortcutLayer):
             continue
         yield name, module
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

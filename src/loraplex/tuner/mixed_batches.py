@@ -11,7 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from loraplex.errors import UserError, nearest
-from loraplex.tuner.layer import SiteLayer
+from loraplex.tuner.layer import AdapterLayer
+from loraplex.tuner.shortcuts import ShortcutLayer
 
 BASE = "__base__"
 """The name of a row that no adapter changes."""
@@ -33,11 +34,17 @@ def adapter_per_row(
         raise UserError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}.{nearest(unknown[0], known)}"
         )
+    for module in tuner.modules():
+        if isinstance(module, ShortcutLayer) and (own := [name for name in names if module.is_open(name)]):
+            raise UserError(
+                f"adapter '{own[0]}' has shortcuts, which cannot act on some rows of a batch only: call the model once "
+                "for every adapter"
+            )
     hook = partial(_pass_names, names=list(names), repeats=_repeats(tuner, kwargs))
     handles = [
         module.register_forward_pre_hook(hook, with_kwargs=True)
         for module in tuner.modules()
-        if isinstance(module, (SiteLayer, AuxiliaryTrainingWrapper))
+        if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
     ]
     try:
         yield

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from loraplex.adapters.contracts import Rate, SiteAdapter, SiteInit, check_rank
+from loraplex.adapters.contracts import Rate
+from loraplex.allocation.sites import EDGES
 from loraplex.errors import UserError, nearest
 from loraplex.objectives.contracts import Objective
 from loraplex.tuner import (
@@ -26,17 +27,20 @@ from loraplex.tuner import (
     objectives,
     saving,
 )
+from loraplex.tuner.building import add_shortcuts, build_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import ADAPTERS, SiteLayer, features
+from loraplex.tuner.layer import ADAPTERS, AdapterLayer, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
 from loraplex.tuner.mixed_batches import adapter_per_row
 from loraplex.tuner.shared import SHARED, SharedTensors
+from loraplex.tuner.shortcuts import ShortcutLayer, close_streams, shortcut_layers
 from loraplex.tuner.undo import all_or_nothing
 
 RESERVED = frozenset(
     {
         *("", ADAPTERS, SHARED, "factors", "combine", "gate", "dropout", "lora_A", "lora_B", "lora_magnitude_vector"),
         *("base_model", "model", "base_layer", "weight", "bias", "__base__", "modules_to_save", "original_module"),
+        *EDGES,
         *("token_adapter", "trainable_tokens_delta", "trainable_tokens_original"),
     }
 )
@@ -47,7 +51,7 @@ class LoraplexTuner(BaseTuner):
     """Hosts every method; `peft_config` maps adapter names to `AdapterConfig`."""
 
     prefix = "loraplex_"
-    tuner_layer_cls = SiteLayer
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     loraplex_shared: SharedTensors
@@ -84,17 +88,32 @@ class LoraplexTuner(BaseTuner):
         shared = self.loraplex_shared
         with all_or_nothing(model), all_or_nothing(shared):
             flags = [(parameter, parameter.requires_grad) for parameter in shared.parameters()]
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # `find_sites` has checked them, and knows residual edges too
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+            self._add_shortcuts(adapter_name)
             objectives.build(self, adapter_name)
             self._refuse_names_of_tensors()
         learning_rates.watch(self)
         closed_ranks.watch(self)
-        for layer in self.site_layers() if twins else ():
-            if adapter_name in layer.loraplex_adapters:
+        for layer in self.adapter_layers(adapter_name):
+            if twins:
                 gate = layer.adapter(twins[0]).factors.gate
                 layer.adapter(adapter_name).factors.gate.copy_(gate)
+
+    def _add_shortcuts(self, adapter_name: str) -> None:
+        """Build the adapter's shortcuts: switched, trained and frozen as its other sites are by now."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, AdapterConfig)
+        active = list(self.active_adapters)
+        for layer in add_shortcuts(self.model, config, adapter_name):
+            if len(layer.loraplex_adapters) == 1:
+                layer.set_adapter(active, inference_mode=config.inference_mode)
+            elif adapter_name not in active or config.inference_mode:
+                layer.loraplex_adapters[adapter_name].requires_grad_(False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of the original: what optimizers do for it they do for the copy."""
@@ -114,6 +133,9 @@ class LoraplexTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, AdapterConfig)
+        if isinstance(target, ShortcutLayer):
+            # of another adapter; an expression has matched its name
+            return
         layer = target if isinstance(target, SiteLayer) else None
         if layer is None:
             if features(target) is None:
@@ -161,7 +183,7 @@ class LoraplexTuner(BaseTuner):
 
     def rates_of_adapters(self) -> Iterator[tuple[nn.Parameter, Rate]]:
         """Yield those that belong to the factors of a site."""
-        for layer in self.site_layers():
+        for layer in self.adapter_layers():
             for name in layer.loraplex_adapters:
                 yield from layer.adapter(name).factors.rates()
 
@@ -182,13 +204,23 @@ class LoraplexTuner(BaseTuner):
         objectives.detach(self, adapter_name)
 
     def site_layers(self) -> Iterator[SiteLayer]:
-        """Yield the layers that carry adapters, in the order of the base model's modules."""
+        """Yield the linear maps that carry adapters, in the order of the base model's modules."""
         for module in self.model.modules():
             if isinstance(module, SiteLayer):
                 yield module
 
+    def adapter_layers(self, adapter_name: str | None = None) -> Iterator[AdapterLayer]:
+        """Yield all layers that carry adapters (or the named one): linear maps, then residual edges."""
+        for layer in (*self.site_layers(), *shortcut_layers(self.model)):
+            if adapter_name is None or adapter_name in layer.loraplex_adapters:
+                yield layer
+
+    def open_shortcuts(self, adapter_name: str) -> list[str]:
+        """Return the residual edges on which an adapter has open ranks."""
+        return [layer.site for layer in shortcut_layers(self.model) if layer.is_open(adapter_name)]
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for layer in self.site_layers():
+        for layer in self.adapter_layers():
             layer.cast_adapter(adapter_name, autocast_adapter_dtype)
         if adapter_name in self.loraplex_shared:
             base = next(self.site_layers()).frozen.parameter().dtype
@@ -215,7 +247,7 @@ class LoraplexTuner(BaseTuner):
     def _refuse_names_of_tensors(self) -> None:
         """Refuse adapters called like a tensor of another adapter: PEFT would take that for theirs."""
         taken = set(self.loraplex_shared.key_parts())
-        for layer in self.site_layers():
+        for layer in self.adapter_layers():
             for module in layer.loraplex_adapters.values():
                 taken |= {part for key in module.state_dict() for part in key.split(".")}
         for name in taken & set(self.peft_config):
@@ -237,9 +269,11 @@ class LoraplexTuner(BaseTuner):
             self._refuse_unmergeable(adapter_names, safe_merge)
         elif any(layer.merged for layer in self.site_layers()):
             self.unmerge_adapter()  # type: ignore[no-untyped-call]
-        return cast(Any, super())._unload_and_optionally_merge(
+        unloaded = cast(Any, super())._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        close_streams(unloaded)
+        return unloaded
 
     def _refuse_unmergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:
@@ -248,6 +282,11 @@ class LoraplexTuner(BaseTuner):
                 raise UserError(
                     f"adapter '{name}' ({config.adapter}) cannot be merged into the base weights: "
                     "its weight change is not the same for every token; none was"
+                )
+            if opened := self.open_shortcuts(name):
+                raise UserError(
+                    f"adapter '{name}' cannot be merged into the base weights: {opened[0]} and its other shortcuts "
+                    f"({len(opened)} in all) lie where the model has no weight; none was merged"
                 )
         for layer in self.site_layers():
             if not layer.frozen.parameter().is_floating_point():
@@ -266,26 +305,23 @@ class LoraplexTuner(BaseTuner):
         config = self.peft_config.get(adapter_name)
         if not isinstance(config, AdapterConfig):
             raise UserError(f"no adapter '{adapter_name}': there are {', '.join(self.peft_config)}")
-        for layer in self.site_layers():
-            if layer.site == site and adapter_name in layer.loraplex_adapters:
+        for layer in self.adapter_layers(adapter_name):
+            if layer.site == site:
                 factors = layer.adapter(adapter_name).factors
                 if any(not 0 <= rank < factors.rank for rank in ranks):
                     raise UserError(f"{site} has ranks 0 to {factors.rank - 1}, not {list(ranks)}")
                 factors.gate[list(ranks)] = 0
                 config.live = True
                 return
-        hint = nearest(site, [layer.site for layer in self.site_layers() if adapter_name in layer.loraplex_adapters])
+        hint = nearest(site, [layer.site for layer in self.adapter_layers(adapter_name)])
         raise UserError(f"adapter '{adapter_name}' has no site '{site}'.{hint}")
 
     def finish(self, adapter_name: str) -> dict[str, int]:
         """End rank changes: from now on the adapter is saved compacted. Return the final rank of every site."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, AdapterConfig)
-        ranks = {
-            layer.site: layer.adapter(adapter_name).factors.open_ranks
-            for layer in self.site_layers()
-            if adapter_name in layer.loraplex_adapters
-        }
+        layers = self.adapter_layers(adapter_name)
+        ranks = {layer.site: layer.adapter(adapter_name).factors.open_ranks for layer in layers}
         if not any(ranks.values()):
             raise UserError(f"adapter '{adapter_name}' has no open rank left: there is nothing to save")
         config.finished_ranks, config.live = ranks, False
@@ -334,31 +370,6 @@ def tuners_in(model: nn.Module) -> list[LoraplexTuner]:
     return [module for module in model.modules() if isinstance(module, LoraplexTuner)]
 
 
-def build_adapter(layer: SiteLayer, site: str, config: AdapterConfig, shared: Any) -> SiteAdapter:
-    """Return a freshly initialized adapter for a layer; `shared` gives what its sites have in common."""
-    options = config.typed_adapter
-    assert config.seed is not None
-    limit = options.factors.largest_rank(layer.in_features, layer.out_features)
-    rank = check_rank(site, config.rank_of(site), limit)
-    # room for ranks that are opened later; the scale stays that of the configured rank
-    built = min(config.typed_allocation.allocated_rank(rank), limit)
-    scale = options.factors.scale
-    init = SiteInit(
-        name=site,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        rank=built,
-        alpha=config.alpha_of(site) * scale(1, rank) / scale(1, built),
-        seed=config.seed,
-        weight=layer.w0,
-        identity=config.init_weights,
-        meta=_makes_meta_parameters(),
-        shared=shared,
-    )
-    factors = options.factors.build(init)
-    return SiteAdapter(factors, options.combine.build(replace(init, heads=factors.heads)), config.lora_dropout)
-
-
 def refuse_name(model: nn.Module, adapter_name: str) -> None:
     """Raise a UserError for an adapter name that is a component of a parameter key.
 
@@ -370,10 +381,3 @@ def refuse_name(model: nn.Module, adapter_name: str) -> None:
     # a ModuleDict holds the adapters of a site, and their shared tensors: its own attributes cannot be names
     if adapter_name in taken | RESERVED or hasattr(SharedTensors(), adapter_name) or "." in adapter_name:
         raise UserError(f"adapter name '{adapter_name}' is part of the model's own parameter names: choose another")
-
-
-def _makes_meta_parameters() -> bool:
-    """Whether parameters are being put on the meta device right now (low_cpu_mem_usage)."""
-    probe = nn.Module()
-    probe.probe = nn.Parameter(torch.empty(0))
-    return bool(probe.probe.is_meta)

@@ -57,7 +57,7 @@ def to_lora_config(config: AdapterConfig) -> LoraConfig:
         # the scale has been folded into B: alpha = r everywhere
         values.update(
             target_modules=sorted(ranks),
-            exclude_modules=_namesakes(ranks, config.other_modules) or None,
+            exclude_modules=namesakes(ranks, config.other_modules) or None,
             layers_to_transform=None,
             layers_pattern=None,
             rank_pattern=exact,
@@ -69,7 +69,7 @@ def to_lora_config(config: AdapterConfig) -> LoraConfig:
     return LoraConfig(**values)
 
 
-def _namesakes(sites: Collection[str], others: Iterable[str]) -> list[str]:
+def namesakes(sites: Collection[str], others: Iterable[str]) -> list[str]:
     """Return the modules that PEFT would take for a site: it matches names as suffixes."""
     endings = tuple(f".{site}" for site in sites)
     return sorted(name for name in others if name not in sites and name.endswith(endings))

@@ -37,6 +37,10 @@ def plain_adapter(model: PeftModel, adapter_name: str = "default") -> tuple[Lora
         raise UserError(f"the model carries no loraplex adapter '{adapter_name}'")
     if config.typed_adapter.plain is Deployed.OWN:
         raise UserError(f"adapter '{adapter_name}' ({config.adapter}) is not one pair (A, B) per site: it is no LoRA")
+    if opened := tuner.open_shortcuts(adapter_name):
+        raise UserError(
+            f"adapter '{adapter_name}' has {len(opened)} shortcuts, such as {opened[0]}, for which LoRA has no place"
+        )
     ranks, tensors = plain_tensors(tuner.site_layers(), adapter_name)
     if not tensors:
         raise UserError(f"adapter '{adapter_name}' has no open rank left: there is nothing to write")

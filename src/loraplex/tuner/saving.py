@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.registry import Deployed
+from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError
+from loraplex.tuner.compaction import GATE, compacted, is_compacted
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, SiteLayer
 from loraplex.tuner.shared import SHARED
 
 _PREFIX = "base_model.model."
-_GATE = "factors.gate"
 _LORA_NAMES = {
     "factors.lora_A": "lora_A.weight",
     "factors.lora_B": "lora_B.weight",
@@ -57,19 +58,36 @@ def file_tensors(
     if config.deployed is Deployed.OWN:
         # transformers' loader would report gates that are not in the file as missing
         every = config.live or not config.only_peft_model
+        if is_compacted(config):
+            split = _compacted_own(split, config)
         return {
             _own_key(*place): value for place, value in split.items() if every or not _is_open_gate(place[-1], value)
         }
     by_site: dict[str, dict[str, Tensor]] = {}
     for (site, _, name), value in split.items():
-        by_site.setdefault(site, {})[name] = value
+        if not is_edge(site):
+            by_site.setdefault(site, {})[name] = value
     scales = _scales(model, adapter_name) if config.finished_ranks is not None else {}
     written = {}
     for site, named in by_site.items():
         if config.finished_ranks is not None:
             named = _compacted(named, scales[site.removeprefix(_PREFIX)])
-        written.update({f"{site}.{_LORA_NAMES[name]}": value for name, value in named.items() if name != _GATE})
+        written.update({f"{site}.{_LORA_NAMES[name]}": value for name, value in named.items() if name != GATE})
     return written
+
+
+def _compacted_own(
+    split: dict[tuple[str, str, str], Tensor], config: AdapterConfig
+) -> dict[tuple[str, str, str], Tensor]:
+    """Return what is written in our own type: the sites without their closed ranks, shared tensors as they are."""
+    sites: dict[str, dict[str, Tensor]] = {}
+    for (site, container, name), value in split.items():
+        if container == ADAPTERS:
+            sites.setdefault(site.removeprefix(_PREFIX), {})[name] = value
+    kept = {place: value for place, value in split.items() if place[1] != ADAPTERS}
+    for site, named in compacted(sites, config).items():
+        kept.update({(_PREFIX + site, ADAPTERS, name): value for name, value in named.items()})
+    return kept
 
 
 def plain_tensors(layers: Iterable[SiteLayer], adapter_name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -89,15 +107,15 @@ def plain_tensors(layers: Iterable[SiteLayer], adapter_name: str) -> tuple[dict[
 
 
 def _is_open_gate(name: str, value: Tensor) -> bool:
-    return name == _GATE and bool(value.all())
+    return name == GATE and bool(value.all())
 
 
 def _compacted(named: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Drop closed ranks and fold the scale into B; a site without open ranks is left out."""
-    gate = named[_GATE].bool()
+    gate = named[GATE].bool()
     if not gate.any():
         return {}
-    rest = {name: value for name, value in named.items() if name != _GATE}
+    rest = {name: value for name, value in named.items() if name != GATE}
     a, b = rest["factors.lora_A"], rest["factors.lora_B"]
     return {**rest, "factors.lora_A": a[gate], "factors.lora_B": b[:, gate] * scale}
 
@@ -127,7 +145,7 @@ def model_tensors(
     translated: dict[str, str] = {}
     for key in adapter:
         site, container, name = _split(key, adapter_name)
-        if lora_naming and name == _GATE:
+        if lora_naming and name == GATE:
             continue
         own = _own_key(site, container, name)
         file_key = f"{site}.{_LORA_NAMES.get(name, name)}" if lora_naming else own
@@ -143,7 +161,7 @@ def model_tensors(
             raise UserError(f"the adapter file holds '{key}', which this model and config do not have")
         loaded[name] = value
     for key, value in adapter.items():
-        if key not in loaded and key.endswith(f".{_GATE}"):
+        if key not in loaded and key.endswith(f".{GATE}"):
             loaded[key] = torch.ones_like(value)
     expected = {**adapter, **{key: ours[key] for key in biases if f".modules_to_save.{adapter_name}." not in key}}
     _check_complete(expected, loaded, ours)
@@ -177,4 +195,4 @@ def _check_frozen(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]
 
 def gates_are_open(tensors: dict[str, Tensor]) -> bool:
     """Whether every rank gate among a model's tensors is open."""
-    return all(bool(value.all()) for key, value in tensors.items() if key.endswith(f".{_GATE}"))
+    return all(bool(value.all()) for key, value in tensors.items() if key.endswith(f".{GATE}"))

@@ -15,6 +15,8 @@ from loraplex.errors import UserError
 class Blocks:
     """A model's stack of blocks."""
 
+    path: str
+    """Name of the list in the model."""
     modules: nn.ModuleList
     of_site: Mapping[str, int]
     """Which block an adapted module lies in, for those that lie in one."""
@@ -37,7 +39,7 @@ def find_blocks(model: nn.Module, sites: Iterable[str]) -> Blocks:
                 place[site] = (path, int(part))
                 break
     if not place:
-        raise UserError("no adapted module lies in a list of blocks: this objective needs a transformer's")
+        raise UserError("no adapted module lies in a list of blocks, as a transformer has them: target some that do")
     path, _ = Counter(path for path, _ in place.values()).most_common(1)[0]
     modules = model.get_submodule(path)
     assert isinstance(modules, nn.ModuleList)
@@ -46,4 +48,4 @@ def find_blocks(model: nn.Module, sites: Iterable[str]) -> Blocks:
     width = getattr(text, "hidden_size", None)
     if width is None:
         raise UserError(f"{type(model).__name__} does not say how wide its blocks are (config.hidden_size)")
-    return Blocks(modules, {site: block for site, (own, block) in place.items() if own == path}, width)
+    return Blocks(path, modules, {site: block for site, (own, block) in place.items() if own == path}, width)

@@ -1,0 +1,97 @@
+"""What is written of an adapter with shortcuts once its allocation has finished: closed ranks and edges left out.
+
+Plain LoRA cannot hold a shortcut, so such an adapter stays in our own type. It is written as what has come out: the
+uniform allocation, every target and edge by its full name, and ranks and scales of their own where ranks were closed.
+"""
+
+from __future__ import annotations
+
+import re
+from copy import copy
+from dataclasses import replace
+
+from torch import Tensor
+
+from loraplex.adapters.registry import REGISTRY, Deployed, describe_member
+from loraplex.allocation.sites import is_edge
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.peft_lora import namesakes
+
+GATE = "factors.gate"
+"""Name of the rank gate inside an adapter."""
+
+
+def is_compacted(config: AdapterConfig) -> bool:
+    """Whether closed ranks and edges are left out of what is written in our own type."""
+    if config.finished_ranks is None or config.live or config.typed_allocation.edges is None:
+        return False
+    # an objective's networks go with all ranks
+    return REGISTRY.of_options(config.typed_objective).deployed is not Deployed.OWN
+
+
+def finished_config(config: AdapterConfig) -> AdapterConfig:
+    """Return the config to write: `config` itself, or what a finished allocation with shortcuts has made of it."""
+    if not is_compacted(config):
+        return config
+    assert config.finished_ranks is not None
+    written = copy(config)
+    edges = [site for site, rank in config.finished_ranks.items() if rank and is_edge(site)]
+    if config.typed_adapter.deployed is Deployed.OWN:
+        # its linear sites keep their closed ranks, and so the gates
+        written.allocation = describe_member(replace(config.typed_allocation, shortcuts=edges or False))  # type: ignore[type-var]
+        return written
+    linear = _linear(config)
+    kept = {site: config.finished_ranks[site] or config.rank_of(site) for site in linear}
+    kept |= {site: config.finished_ranks[site] for site in edges}
+    exact = {f"^{re.escape(site)}": site for site in kept}
+    uniform = AdapterConfig().typed_allocation
+    written.allocation = describe_member(replace(uniform, shortcuts=edges))  # type: ignore[type-var]
+    written.target_modules = sorted(linear)
+    written.exclude_modules = namesakes(linear, config.other_modules) or None
+    written.layers_to_transform = written.layers_pattern = None
+    written.rank_pattern = {pattern: kept[site] for pattern, site in exact.items()}
+    written.alpha_pattern = {pattern: _alpha(config, site, kept[site]) for pattern, site in exact.items()}
+    return written
+
+
+def compacted(tensors: dict[str, dict[str, Tensor]], config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of an adapter, site → name → tensor, as `finished_config` describes them."""
+    assert config.finished_ranks is not None
+    written = {}
+    whole = config.typed_adapter.deployed is Deployed.OWN
+    linear = None if whole else _linear(config)
+    for site, named in tensors.items():
+        if is_edge(site):
+            if config.finished_ranks[site]:
+                written[site] = _open(named)
+        elif linear is None:
+            written[site] = named
+        elif site in linear:
+            written[site] = _open(named) if config.finished_ranks[site] else named
+    return written
+
+
+def _linear(config: AdapterConfig) -> list[str]:
+    """Return the linear sites that are written: those with open ranks, or a closed one where there are no others."""
+    assert config.finished_ranks is not None
+    every = [site for site in config.finished_ranks if not is_edge(site)]
+    # PEFT makes no adapter without a target
+    return [site for site in every if config.finished_ranks[site]] or every[:1]
+
+
+def _alpha(config: AdapterConfig, site: str, rank: int) -> float:
+    """Return the alpha that gives `rank` ranks the scale that the site was trained with."""
+    own = config.rank_of(site)
+    if rank == own:
+        return config.alpha_of(site)
+    scale = AdapterConfig().typed_adapter.factors.scale if is_edge(site) else config.typed_adapter.factors.scale
+    found: float = config.alpha_of(site) * scale(1, own) / scale(1, rank)
+    return found
+
+
+def _open(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a pair without its closed ranks, and without the gate."""
+    gate = named[GATE].bool()
+    a, b = named["factors.lora_A"], named["factors.lora_B"]
+    rest = {name: value for name, value in named.items() if name != GATE}
+    return {**rest, "factors.lora_A": a[gate], "factors.lora_B": b[:, gate]}

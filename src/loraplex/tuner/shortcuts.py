@@ -1,0 +1,343 @@
+"""Shortcuts in a model: the layers that hold them, and the hooks by which they add to the residual stream.
+
+A layer is a module of its block, named after the kind of edge (`allocation.shortcuts` has the formulas); no module of
+the base model changes its name or place. A block's hooks take its input h, add to the sum after attention where a
+module gets it, and to the sum after the MLP where a norm gets it or the block puts it out.
+
+transformers checkpoints a block's forward, outside of which the block's hooks are. What goes in and out besides (the
+previous block's f, this one's f and what is added behind it) therefore passes through the checkpoint as inputs and
+outputs of its function, so that both kinds of checkpoints give it its gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from loraplex.adapters.contracts import BaseWeight, SiteAdapter
+from loraplex.allocation.sites import EDGES
+from loraplex.errors import UserError
+from loraplex.tuner.layer import ADAPTERS, AdapterLayer
+from loraplex.tuner.residual_stream import Places, find_places
+
+_STREAM = "loraplex_stream"
+"""Attribute of a block: its `Stream`; no module."""
+_FUNCTION = "_gradient_checkpointing_func"
+"""Attribute of a transformers module: the function that runs its forward under a checkpoint."""
+
+
+class _NoWeight(BaseWeight):
+    """A residual edge: there is nothing that the shortcut would change."""
+
+    def matrix(self) -> Tensor:
+        """Raise: nothing asks an edge for its weight."""
+        raise AssertionError("a residual edge has no weight")
+
+    def bias(self) -> Tensor | None:
+        """Return None."""
+        return None
+
+
+class ShortcutLayer(AdapterLayer):
+    """The shortcuts of all adapters on one residual edge: x (..., d) ↦ Σ s·P_B P_A x over the active ones."""
+
+    def __init__(self, site: str, width: int, block: nn.Module) -> None:
+        super().__init__(site, width, width)
+        # past nn.Module, which would register it as a part of this layer
+        self.__dict__["_block"] = block
+
+    def neighbor(self) -> Tensor:
+        """Return a frozen tensor of the block, one of its vectors where it has any: matrices may be quantized."""
+        block: nn.Module = self.__dict__["_block"]
+        own = [parameter for name, parameter in block.named_parameters() if ADAPTERS not in name]
+        return next((parameter for parameter in own if parameter.dim() == 1), own[0])
+
+    @property
+    def kind(self) -> str:
+        """The kind of edge, which is the layer's name in its block."""
+        return self.site.rpartition(".")[2]
+
+    def is_open(self, name: str) -> bool:
+        """Whether the adapter of that name has an open rank here."""
+        return name in self.loraplex_adapters and self.adapter(name).factors.open_ranks > 0
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the active adapters that have a shortcut here, open or closed."""
+        return (
+            [] if self.disable_adapters else [name for name in self.active_adapters if name in self.loraplex_adapters]
+        )
+
+    @property
+    def acting(self) -> list[str]:
+        """Names of the active adapters that have an open rank here."""
+        return [name for name in self.active if not self.adapter(name).factors.closed]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return what the active shortcuts add, in the type of their factors; None where none acts."""
+        if kwargs.get("adapter_names") is not None:
+            # `mixed_batches` has refused adapters with shortcuts
+            return None
+        changes = [self._change(self.adapter(name), x) for name in self.acting]
+        return sum(changes[1:], changes[0]) if changes else None
+
+    def _change(self, adapter: SiteAdapter, x: Tensor) -> Tensor:
+        # a model that is spread over devices hands x over where the block before it is
+        x = x.to(adapter.factors.gate.device)
+        return adapter.delta(x, x, _NoWeight())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: the tuner refuses to merge an adapter with an open shortcut."""
+
+    def unmerge(self) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class _Slot:
+    """What passes from block to block: f of the block that ran last, where the next one wants it."""
+
+    f: Tensor | None = None
+
+
+class Stream:
+    """The hooks of one block, and the state of the call that is running."""
+
+    def __init__(self, index: int, block: nn.Module, places: Places | None, slot: _Slot, before: Stream | None) -> None:
+        self.index, self.block, self.places, self.slot = index, block, places, slot
+        self.after: Stream | None = None
+        if before is not None:
+            before.after = self
+        self._clear()
+        if places is None:
+            self.handles = [block.register_forward_pre_hook(self._refuse)]
+            return
+        inside = block.get_submodule(places.after_attention)
+        # the hooks are bound methods: a deep copy of the model gets copies of its own
+        self.handles = [
+            block.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            block.register_forward_hook(self._leave, prepend=True, always_call=True),
+            inside.register_forward_pre_hook(self._after_attention),
+        ]
+        if places.after_mlp is not None:
+            last = block.get_submodule(places.after_mlp)
+            self.handles.append(inside.register_forward_hook(self._normalized))
+            self.handles.append(last.register_forward_pre_hook(self._after_mlp))
+
+    def _clear(self) -> None:
+        self.h: Tensor | None = None
+        """(..., d), the block's input; None while nothing acts."""
+        self.given: Tensor | None = None
+        """f of the block before, where it is wanted."""
+        self.f: Tensor | None = None
+        self.behind: Tensor | None = None
+        """What is added to the block's output."""
+        self.met = False
+        """Whether the sum after attention was met."""
+        self.function: Callable[..., Any] | None = None
+        """The block's own checkpoint function while ours stands in its place."""
+
+    def layer(self, kind: str) -> ShortcutLayer | None:
+        """Return the block's layer of a kind, if it has one."""
+        found = self.block._modules.get(kind)
+        return found if isinstance(found, ShortcutLayer) else None
+
+    def acts(self, kind: str) -> bool:
+        """Whether a shortcut of that kind acts in this block."""
+        layer = self.layer(kind)
+        return layer is not None and bool(layer.acting)
+
+    def remove(self) -> None:
+        """Take the hooks and layers out of the block."""
+        for handle in self.handles:
+            handle.remove()
+        for name in [name for name, module in self.block._modules.items() if isinstance(module, ShortcutLayer)]:
+            delattr(self.block, name)
+        del self.block.__dict__[_STREAM]
+
+    def _refuse(self, block: nn.Module, args: Any) -> None:
+        if any(layer.active for layer in map(self.layer, EDGES) if layer is not None):
+            raise UserError(
+                "these shortcuts were made on a model without weights: load those before the adapter is made"
+            )
+
+    @property
+    def _sends(self) -> bool:
+        return self.after is not None and self.after.acts("shortcut_mlp")
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._clear()
+        if self.index == 0:
+            self.slot.f = None
+        if not self._sends and not any(self.acts(kind) for kind in EDGES):
+            return
+        self.h = args[0] if args else kwargs["hidden_states"]
+        if self.acts("shortcut_mlp"):
+            self.given, self.slot.f = self.slot.f, None
+            if self.given is None:
+                raise UserError(
+                    f"block {self.index} has a shortcut from the block before it, which did not run before it: leave "
+                    "gradient checkpointing to transformers, or shortcut_mlp out"
+                )
+        if block.training and getattr(block, "gradient_checkpointing", False) and _FUNCTION in block.__dict__:
+            self.function = block.__dict__[_FUNCTION]
+            setattr(block, _FUNCTION, self._checkpointed)
+
+    def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the block under its own checkpoint function, with what passes beside h as inputs and outputs of it."""
+        assert self.function is not None
+        h, sends, is_tuple = self.h, self._sends, False
+
+        def again(given: Tensor | None, *inner: Any, **options: Any) -> tuple[Any, ...]:
+            nonlocal is_tuple
+            outer = self.h, self.given, self.f, self.behind
+            self.h, self.given = inner[0] if inner else h, given
+            try:
+                out = run(*inner, **options)
+                is_tuple = isinstance(out, tuple)
+                return (self.f if sends else None, self.behind, *(out if is_tuple else (out,)))
+            finally:
+                self.h, self.given, self.f, self.behind = outer
+
+        self.f, self.behind, *out = self.function(again, self.given, *args, **kwargs)
+        return tuple(out) if is_tuple else out[0]
+
+    def _after_attention(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.h is None:
+            return None
+        x, self.met = args[0], True
+        if x.numel() != self.h.numel():
+            raise UserError(
+                f"block {self.index} was given {tuple(self.h.shape)} and has {tuple(x.shape)} after attention: "
+                "shortcuts need all tokens at both; leave them out"
+            )
+        change = self._sum(("residual_attention", self.h), ("shortcut_mlp", self.given))
+        total = x if change is None else _added(x, change)
+        assert self.places is not None
+        if self.places.after_mlp is None:
+            self.f = total.reshape(self.h.shape)
+            second = self._sum(("residual_mlp", self.f), ("shortcut_block", self.h))
+            self.behind = change if second is None else second if change is None else change + second
+        return None if change is None else (total, *args[1:])
+
+    def _normalized(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.h is not None:
+            self.f = output.reshape(self.h.shape)
+
+    def _after_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.h is None:
+            return None
+        change = self._sum(("residual_mlp", self.f), ("shortcut_block", self.h))
+        return None if change is None else (_added(args[0], change), *args[1:])
+
+    def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
+        """Add what belongs behind the MLP, and hand f on; after an error (no output) only put things back."""
+        if self.function is not None:
+            setattr(block, _FUNCTION, self.function)
+        h, f, behind, met = self.h, self.f, self.behind, self.met
+        sends = self._sends
+        self._clear()
+        if h is None or output is None:
+            return None
+        if not met:
+            raise UserError(
+                f"block {self.index} ran otherwise than when its residual stream was found, past its shortcuts: "
+                "leave them out"
+            )
+        if sends:
+            self.slot.f = f
+        if behind is None:
+            return None
+        if isinstance(output, tuple):
+            return (_added(output[0], behind), *output[1:])
+        return _added(output, behind)
+
+    def _sum(self, *edges: tuple[str, Tensor | None]) -> Tensor | None:
+        """Return what the shortcuts of these kinds add, each given its point of the stream."""
+        total: Tensor | None = None
+        for kind, point in edges:
+            layer = self.layer(kind)
+            change = None if layer is None or point is None else layer(point)
+            if change is not None:
+                total = change if total is None else total + change
+        return total
+
+
+def _added(x: Tensor, change: Tensor) -> Tensor:
+    """Return x (n, d) or (..., d) plus a change of as many numbers, in the type of x."""
+    return (x + change.reshape(x.shape).to(x.device)).to(x.dtype)
+
+
+def stream_of(block: nn.Module) -> Stream | None:
+    """Return the hooks of a block, if it has any."""
+    found = block.__dict__.get(_STREAM)
+    return found if isinstance(found, Stream) else None
+
+
+def open_streams(model: nn.Module, blocks: nn.ModuleList) -> None:
+    """Put hooks on all `blocks` of a model, unless they are there.
+
+    Without weights, on the meta device, nothing can be run and found: such a model can be counted, not called.
+
+    Raises:
+        UserError: see `find_places`.
+    """
+    if all(stream_of(block) is not None for block in blocks):
+        return
+    places: list[Places | None] = [None] * len(blocks)
+    if not any(parameter.is_meta for name, parameter in model.named_parameters() if ADAPTERS not in name):
+        with _adapters_off(model):
+            places = [*find_places(model, blocks)]
+    slot, before = _Slot(), None
+    for index, block in enumerate(blocks):
+        before = Stream(index, block, places[index], slot, before)
+        block.__dict__[_STREAM] = before
+
+
+@contextlib.contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let a model compute without its adapters: tensors that are about to be loaded may not be there yet."""
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    flags = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer._disable_adapters = flag
+
+
+def shortcut_layer(block: nn.Module, site: str, width: int) -> ShortcutLayer:
+    """Return the block's layer at an edge, made where it has none.
+
+    Raises:
+        UserError: when the block has something else of that name.
+    """
+    kind = site.rpartition(".")[2]
+    found = getattr(block, kind, None)
+    if isinstance(found, ShortcutLayer):
+        return found
+    if found is not None:
+        raise UserError(f"{site.rpartition('.')[0]} has a '{kind}' of its own: shortcuts cannot take that name")
+    layer = ShortcutLayer(site, width, block)
+    layer.train(block.training)
+    block.add_module(kind, layer)
+    return layer
+
+
+def close_streams(model: nn.Module) -> None:
+    """Take all hooks and shortcut layers out of a model."""
+    for module in list(model.modules()):
+        stream = stream_of(module)
+        if stream is not None:
+            stream.remove()
+
+
+def shortcut_layers(model: nn.Module) -> Iterator[ShortcutLayer]:
+    """Yield the layers of all edges of a model."""
+    return (module for module in model.modules() if isinstance(module, ShortcutLayer))
