@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+_SEVERAL = frozenset({"dense", "c_proj"})
+"""Names that several modules of one block have, in BERT and its like and in GPT-2."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -18,8 +21,12 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The module's own name, the same in every layer (q_proj, c_attn, query)."""
-        return self.name.rsplit(".", 1)[-1]
+        """The module's own name, the same in every layer (q_proj, c_attn, query).
+
+        Where a block has several of that name, its whole path in the block (attention.output.dense).
+        """
+        own = self.name.rsplit(".", 1)[-1]
+        return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1] if own in _SEVERAL else own
 
     @property
     def layer(self) -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peft import TaskType
+
 from loraplex.adapters.registry import Adapter, Capability, Deployed
 from loraplex.tuner.config import AdapterConfig
 
@@ -42,6 +44,16 @@ class Subject:
             return None
         values = found if isinstance(found, dict) else found.to_dict()
         return str(values.get("quant_method") or "an unnamed method")
+
+
+def classifies(subject: Subject) -> str | None:
+    """Return why an adapter with a classification head is exported nowhere, or None for a language model's."""
+    if subject.config.task_type != TaskType.SEQ_CLS:
+        return None
+    return (
+        "it was trained with a classification head, and what is exported are language models; its own folder loads on "
+        "AutoModelForSequenceClassification, with PeftModel.from_pretrained where it is LoRA or DoRA"
+    )
 
 
 def not_one_pair(subject: Subject) -> str | None:

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from loraplex.training.trainer import RunTrainer
+from loraplex.training.trainer import WatchedTrainer
 from loraplex.tuner.model import tuners_in
 
 
-def flops_per_token(trainer: RunTrainer) -> float:
+def flops_per_token(trainer: WatchedTrainer) -> float:
     """Return the operations of forward and backward pass per real token, over a batch of the training rows.
 
     Where an objective draws what a step does, it is the mean over the kinds of steps, weighted by their probability.
