@@ -81,7 +81,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special).save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": len(words)}
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(BertConfig(**sizes, **still, num_attention_heads=4, max_position_embeddings=40)).save_pretrained(
@@ -114,7 +114,7 @@ def write_pairs_recipe(folder: Path, encoder: Path) -> Path:
         f"output: {folder / 'run'}\n"
         f"model: {{name: {encoder}, head: classification}}\n"
         "adapter: {adapter: lora, r: 4}\n"
-        f"data: {{train: {data}, test: {data}, prompt: '{{first}}', second: '{{other}}', choices: [no, cat], "
+        f"data: {{train: {data}, test: {data}, prompt: '{{first}}', second: '{{other}}', choices: [dog, cat], "
         "answer: label}\n"
         "training: {max_steps: 8, batch_size: 8, save_every: 4, learning_rate: 1e-2}\n"
     )

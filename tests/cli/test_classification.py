@@ -24,7 +24,7 @@ def evaluate(run: Path, *choices: str, output: Path | None = None) -> int:
 
 
 def test_eval_finds_what_the_run_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(run, "no", "cat", output=tmp_path / "found") == 0
+    assert evaluate(run, "dog", "cat", output=tmp_path / "found") == 0
     found = json.loads((tmp_path / "found/metrics.json").read_text())
     after = json.loads((run / "metrics.json").read_text())["accuracy"]["after"]
     assert {key: found[key] for key in after} == after
@@ -32,14 +32,14 @@ def test_eval_finds_what_the_run_found(run: Path, tmp_path: Path, capsys: pytest
 
 
 def test_eval_refuses_classes_in_another_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(run, "cat", "no") == 1
-    assert "the row has the options cat, no, the classes are no, cat" in capsys.readouterr().err
+    assert evaluate(run, "cat", "dog") == 1
+    assert "the row has the options cat, dog, the classes are dog, cat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["generate", "RUN", "--prompt", "the cat"], "tells classes apart (no, cat) and says nothing else: generate"),
+        (["generate", "RUN", "--prompt", "the cat"], "tells classes apart (dog, cat) and says nothing else: generate"),
         (["eval", "RUN", "--lm-eval", "arc_easy"], "--lm-eval needs a language model"),
         (["eval", "RUN", "--data", "RUN/../pairs.jsonl", "--prompt", "a", "--completion", "b", "--base"], "--base"),
         (["export", "RUN", "--to", "merged"], "it was trained with a classification head"),

@@ -69,3 +69,8 @@ def test_weights_that_are_missing_beside_the_head_are_refused(tiny_encoder: Path
     save_file({k: v for k, v in tensors.items() if "pooler" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 2 of its weights beside the head .*pooler\.dense\.bias"):
         load_classifier(str(tmp_path), ["a", "b"])
+
+
+def test_an_encoder_that_is_asked_for_as_a_language_model_is_refused(tiny_encoder: Path) -> None:
+    with pytest.raises(UserError, match=r"if it is an encoder, set model\.head to classification"):
+        load_model(str(tiny_encoder))

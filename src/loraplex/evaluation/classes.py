@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from tqdm import tqdm
+from transformers import DataCollatorWithPadding
 
 from loraplex.data.examples import Example
 from loraplex.data.text_classes import tokenize_texts
@@ -88,15 +89,17 @@ def score_classes(
     Raises:
         UserError: when an example has other options than `classes`.
     """
-    parameter = next(model.parameters())
-    limit = getattr(model.config, "max_position_embeddings", None)
+    device = next(model.parameters()).device
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    padded = DataCollatorWithPadding(tokenizer)
     rows = tokenize_texts(examples, tokenizer, classes, limit).rows
     found: list[tuple[float, ...]] = [()] * len(rows)
     with evaluating(model), tqdm(total=len(rows), desc="classes", disable=not progress, leave=False) as bar:
         for batch in length_batches([len(row["input_ids"]) for row in rows], batch_size, MOST_TOKENS):
-            inputs = [{key: value for key, value in rows[index].items() if key != "labels"} for index in batch]
-            padded = tokenizer.pad(inputs, return_tensors="pt", return_attention_mask=True).to(parameter.device)
-            log_probs = model(**padded).logits.float().log_softmax(-1)
+            inputs: Any = padded(
+                [{key: value for key, value in rows[index].items() if key != "labels"} for index in batch]
+            )
+            log_probs = model(**inputs.to(device)).logits.float().log_softmax(-1)
             for index, values in zip(batch, log_probs.tolist(), strict=True):
                 found[index] = tuple(values)
             bar.update(len(batch))

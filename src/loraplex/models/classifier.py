@@ -56,8 +56,8 @@ def classes_of(model: nn.Module) -> tuple[str, ...] | None:
     base: Any = unwrap() if callable(unwrap) else model
     if not isinstance(base, PreTrainedModel) or not any(True for _ in head_parameters(base)):
         return None
-    names: dict[int, str] = base.config.id2label
-    return tuple(names[index] for index in range(len(names)))
+    names: Any = base.config.id2label
+    return tuple(str(names[index]) for index in range(len(names)))
 
 
 def head_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:

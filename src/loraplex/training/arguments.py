@@ -27,6 +27,7 @@ FROM_TRAINING = {
     "optim": "optimizer",
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
+    "activation_checkpointing": "gradient_checkpointing",
     "bf16": "autocast",
     "save_total_limit": "keep_checkpoints",
     "eval_steps": "eval_every",
@@ -36,7 +37,6 @@ FROM_TRAINING = {
 # The same for values that are translated, and for transformers' older names.
 TRANSLATED = {
     "gradient_checkpointing": "training.gradient_checkpointing",
-    "activation_checkpointing": "training.gradient_checkpointing",
     "output_dir": "output",
     "seed": "seed",
     "max_steps": "training.max_steps",
@@ -75,16 +75,15 @@ def trainer_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Unsaid, autocast would be refused where there is no accelerator.
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
     }
     changeable: dict[str, Any] = {"per_device_eval_batch_size": options.batch_size, "report_to": "none"}
     if cls is SFTConfig:
         # Rows come tokenized and cut to length, with labels.
         said |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        said["activation_checkpointing"] = options.gradient_checkpointing
         # Our tuner takes the padding out of a batch itself.
         changeable |= {"pad_to_multiple_of": None, "padding_free": False}
-    else:
-        said["gradient_checkpointing"] = options.gradient_checkpointing
     _check_names(options.trainer_args, said, cls)
     try:
         return cls(**{**changeable, **said, **options.trainer_args})

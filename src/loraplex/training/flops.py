@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +28,9 @@ def flops_per_token(trainer: WatchedTrainer) -> float:
     operations = 0.0
     for share, kind in _kinds_of_steps(model):
         with kind, FlopCounterMode(display=False) as counter:
-            trainer.compute_loss(model, dict(batch)).backward()  # type: ignore[no-untyped-call]
+            loss = trainer.compute_loss(model, dict(batch))
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()  # type: ignore[no-untyped-call]
         operations += share * counter.get_total_flops()
         model.zero_grad()
     mask = batch.get("attention_mask")

@@ -52,7 +52,7 @@ class WatchedTrainer(Trainer):
         """
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(value := loss.item()):
             raise DivergedError(f"the loss is {value} at step {self.state.global_step + 1}")
         return loss
