@@ -60,14 +60,18 @@ def packaged_dir(model: Packaged) -> Path:
     """
     target = cache_dir() / "models" / model.folder
     if not target.is_dir():
-        source = _verified(model, _package_dir(model))
+        source = _verified(model, package_dir(model))
         logger.info("Converting %s, once, into %s", model.what, target)
         _convert(model, source, target)
     return target
 
 
-def _package_dir(model: Packaged) -> Path:
-    """Return the folder of the installed package."""
+def package_dir(model: Packaged) -> Path:
+    """Return the folder of the installed package.
+
+    Raises:
+        UserError: when it is not installed.
+    """
     spec = importlib.util.find_spec(model.package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError(

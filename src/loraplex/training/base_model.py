@@ -76,8 +76,11 @@ def recorded_classes(folder: Path) -> tuple[str, ...] | None:
         pass
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / FILE} is damaged ({error}): train again, or delete it to go without") from error
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    if config.get("task_type") != TaskType.SEQ_CLS:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_NAME}: not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("task_type") != TaskType.SEQ_CLS:
         return None
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
         shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118  (not a mapping)

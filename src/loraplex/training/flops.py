@@ -30,7 +30,7 @@ def flops_per_token(trainer: WatchedTrainer) -> float:
         with kind, FlopCounterMode(display=False) as counter:
             loss = trainer.compute_loss(model, dict(batch))
             assert isinstance(loss, torch.Tensor)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         operations += share * counter.get_total_flops()
         model.zero_grad()
     mask = batch.get("attention_mask")
