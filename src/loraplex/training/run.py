@@ -181,6 +181,8 @@ def _fit(run: _Run, trainer: WatchedTrainer, resume: bool) -> dict[str, Any]:
         where = f"the last good checkpoint is '{kept}'" if kept else "no checkpoint was due before"
         raise DivergedError(f"{error}; {where}; lower training.learning_rate or look at the data") from error
     watch.stop()
+    # Accelerate leaves autocast around the forward pass; from here on the model computes what the saved one does.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     state = trainer.state
     if interruption.asked and state.global_step < state.max_steps:
         raise TrainingInterrupted(
