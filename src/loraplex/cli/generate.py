@@ -55,9 +55,10 @@ def generate(
     import torch
     from transformers import TextStreamer, set_seed
 
-    from loraplex.models.adapted import base_name, load_adapted
+    from loraplex.models.adapted import base_name, load_adapted, refuse_classifier
     from loraplex.models.loading import load_tokenizer, quiet
 
+    refuse_classifier(adapter, "generate")
     base = model or base_name(adapter)
     tokenizer = load_tokenizer(base)
     ids = torch.tensor([_prompt_ids(tokenizer, prompt, chat)])

@@ -124,7 +124,9 @@ def _compare(sweep: _Sweep) -> Comparison:
     runs = {name: [_run_jobs(sweep, name, seed) for seed in recipe.options.seeds] for name in recipe.arms}
     # Seed by seed: an interrupted comparison has compared something.
     ordered = [job for of_seed in zip(*runs.values(), strict=True) for jobs in of_seed for job in jobs]
-    sweep.carry_out([base, *ordered] if items else ordered, "runs")
+    # a fresh classification head says nothing before it is trained
+    untrained = [base] if items and not base.recipe.model.classifies else []
+    sweep.carry_out([*untrained, *ordered], "runs")
     arms = [
         Arm(
             name=name,

@@ -58,22 +58,22 @@ def _train(recipe: Recipe) -> None:
 
 
 def _measure_base(recipe: Recipe) -> None:
-    from loraplex.models.loading import load_model, load_tokenizer
+    from loraplex.models.loading import load_tokenizer
     from loraplex.training.folder import RunFolder, write_json
     from loraplex.training.measuring import measure
-    from loraplex.training.preparation import read_rows
+    from loraplex.training.preparation import load_base, read_rows
 
     folder = RunFolder(recipe.output)
     tokenizer = load_tokenizer(recipe.model.name)
     rows = read_rows(recipe, tokenizer)
-    model = load_model(recipe.model.name, recipe.model.dtype)
+    model = load_base(recipe)
     measured = measure(model, tokenizer, rows.test, recipe.evaluation)
     measured.write(folder.evaluation / "after.jsonl")
     write_json(folder.metrics, {"accuracy": {"after": measured.summary}})
 
 
 def _count_flops(recipe: Recipe) -> None:
-    from loraplex.models.loading import load_model, load_tokenizer
+    from loraplex.models.loading import load_tokenizer
     from loraplex.training import preparation
     from loraplex.training.flops import flops_per_token
     from loraplex.training.folder import RunFolder, write_json
@@ -82,7 +82,7 @@ def _count_flops(recipe: Recipe) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(recipe.model.name)
     rows = preparation.read_rows(recipe, tokenizer)
-    model = preparation.add_adapter(recipe, load_model(recipe.model.name, recipe.model.dtype))
+    model = preparation.add_adapter(recipe, preparation.load_base(recipe))
     trainer = preparation.build_trainer(recipe, model, tokenizer, rows, folder.checkpoints)
     write_json(folder.metrics, {"flops_per_token": flops_per_token(trainer)})
 

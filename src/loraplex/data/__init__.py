@@ -7,6 +7,17 @@ from loraplex.data.examples import Example, Message
 from loraplex.data.options import DataOptions
 from loraplex.data.reading import read_examples
 from loraplex.data.row_cache import tokenize_once
+from loraplex.data.text_classes import ClassRows, tokenize_texts
 from loraplex.data.tokenization import Tokenized, tokenize
 
-__all__ = ["DataOptions", "Example", "Message", "Tokenized", "read_examples", "tokenize", "tokenize_once"]
+__all__ = [
+    "ClassRows",
+    "DataOptions",
+    "Example",
+    "Message",
+    "Tokenized",
+    "read_examples",
+    "tokenize",
+    "tokenize_once",
+    "tokenize_texts",
+]

@@ -35,6 +35,8 @@ class Example:
     task: str = ""
     # "file:line", for messages.
     source: str = ""
+    # The other text of a pair that is classified; None where one text is.
+    second: str | None = None
     # What is asked, without the words that a form puts around it; empty where the row says it nowhere else.
     instruction: str = ""
 

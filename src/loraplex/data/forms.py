@@ -148,7 +148,8 @@ def _template(row: Row, options: DataOptions) -> Example:
         return Example(prompt, fill("completion", options.completion, row))
     choices = tuple(fill("choices", choice, row) for choice in options.choices)
     answer = answer_index(row, row.value(options.answer), [choice.strip() for choice in choices])
-    return Example(prompt, choices[answer], choices, answer)
+    second = None if options.second is None else fill("second", options.second, row)
+    return Example(prompt, choices[answer], choices, answer, second=second)
 
 
 def fill(name: str, template: str, row: Row) -> str:

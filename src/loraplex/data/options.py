@@ -33,9 +33,11 @@ class DataOptions:
     format: Format = "auto"
     # Template form: the prompt, with {field} for the fields of a row.
     prompt: str | None = None
+    # Template form, for `model.head: classification`: a second text that is read together with the prompt.
+    second: str | None = None
     # Template form: the completion, for rows without choices.
     completion: str | None = None
-    # Template form: the options, each as a completion, so usually with a leading space.
+    # Template form: the options, each as a completion, so usually with a leading space; or the names of the classes.
     choices: tuple[str, ...] = ()
     # Template form: the field that holds the right option as index, letter or text.
     answer: str = "answer"
@@ -102,6 +104,8 @@ class DataOptions:
             raise UserError("data.prompt needs either data.choices or data.completion beside it, and not both")
         if not is_template and (self.choices or self.completion is not None):
             raise UserError("data.choices and data.completion need data.prompt; write the prompt's template")
+        if self.second is not None and not self.choices:
+            raise UserError("data.second is the other text of a pair that is classified; it needs data.choices")
         if len(self.choices) == 1:
             raise UserError(f"data.choices has only one option, {self.choices[0]!r}; give at least two")
 

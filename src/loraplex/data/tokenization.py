@@ -138,5 +138,8 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
-        raise UserError("the tokenizer of this model has no end token; set tokenizer.eos_token")
+        raise UserError(
+            "the tokenizer of this model has no end token: set tokenizer.eos_token, or, for an encoder, model.head to "
+            "classification"
+        )
     return end

@@ -1,4 +1,4 @@
-"""How good a model is: options compared by their likelihood, or answers generated and matched; with standard errors.
+"""How good a model is: options compared by likelihood, classes told apart, or answers matched; with standard errors.
 
 The names are loaded on first use, because most of them need torch.
 """
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraplex.evaluation.answer_loss import LossScores as LossScores
     from loraplex.evaluation.answer_loss import score_answer_loss as score_answer_loss
+    from loraplex.evaluation.classes import ClassScores as ClassScores
+    from loraplex.evaluation.classes import score_classes as score_classes
     from loraplex.evaluation.generation import LLM_ADAPTERS as LLM_ADAPTERS
     from loraplex.evaluation.generation import Decoding as Decoding
     from loraplex.evaluation.generation import GenerationScores as GenerationScores
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Accuracies": "results",
     "Accuracy": "results",
+    "ClassScores": "classes",
     "Decoding": "generation",
     "GenerationScores": "generation",
     "LLM_ADAPTERS": "generation",
@@ -32,6 +35,7 @@ _HOMES = {
     "OptionScores": "options",
     "majority_share": "results",
     "score_answer_loss": "answer_loss",
+    "score_classes": "classes",
     "score_generation": "generation",
     "score_options": "options",
     "write_records": "results",
@@ -41,12 +45,14 @@ __all__ = [
     "LLM_ADAPTERS",
     "Accuracies",
     "Accuracy",
+    "ClassScores",
     "Decoding",
     "GenerationScores",
     "LossScores",
     "OptionScores",
     "majority_share",
     "score_answer_loss",
+    "score_classes",
     "score_generation",
     "score_options",
     "write_records",

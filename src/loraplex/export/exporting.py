@@ -28,7 +28,7 @@ from loraplex.export.static_gates import (
 )
 from loraplex.export.subject import Subject
 from loraplex.export.target import Target, Writing
-from loraplex.export.targets import TARGETS
+from loraplex.export.targets import TARGETS, refusal
 from loraplex.export.verification import TOLERANCE, check, read_prompts
 from loraplex.models.adapted import adapt, adapter_folder, base_name
 from loraplex.models.agreement import Agreement, compare, model_logits
@@ -197,7 +197,7 @@ def _refuse(target: Target, subject: Subject, order: Order) -> None:
     if order.static is not None:
         reason = refuse_static(subject)
         subject = replace(subject, config=subject.config if reason else static_config(subject.config))
-    reason = reason or target.refuse(subject)
+    reason = reason or refusal(target, subject)
     if reason is not None:
         raise UserError(f"no export of '{order.adapter}' to {target.name}: {reason}")
 

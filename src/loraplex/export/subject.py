@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peft import TaskType
+
 from loraplex.adapters.registry import Adapter, Capability, Deployed
 from loraplex.tuner.config import AdapterConfig
 
@@ -56,6 +58,16 @@ def has_shortcuts(subject: Subject) -> str | None:
     return (
         f"'{subject.name}' has {named} between points of the residual stream, where the model has no weight and other "
         "programs add nothing; serve it with loraplex itself, or train without shortcuts"
+    )
+
+
+def classifies(subject: Subject) -> str | None:
+    """Return why an adapter with a classification head is exported nowhere, or None for a language model's."""
+    if subject.config.task_type != TaskType.SEQ_CLS:
+        return None
+    return (
+        "it was trained with a classification head, and what is exported are language models; its own folder loads on "
+        "AutoModelForSequenceClassification, with PeftModel.from_pretrained where it is LoRA or DoRA"
     )
 
 

@@ -11,6 +11,7 @@ from peft.utils.constants import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from loraplex.errors import UserError
+from loraplex.models.classifier import load_classifier
 from loraplex.models.loading import DType, load_model, quiet
 from loraplex.training import base_model
 from loraplex.tuner.adapter_folder import local_folder, read_config
@@ -49,15 +50,39 @@ def base_name(adapter: str) -> str:
     return str(name)
 
 
+def classes_of_adapter(adapter: str) -> tuple[str, ...] | None:
+    """Return the names of the classes that an adapter with a classification head tells apart, None for any other.
+
+    Raises:
+        UserError: when there is no such adapter, or its files cannot be read.
+    """
+    return base_model.recorded_classes(adapter_folder(adapter))
+
+
 def load_adapted(adapter: str, model: str | None = None, dtype: DType = "auto") -> PeftModel:
     """Return the base model with the adapter on it, in evaluation mode, on the accelerator where there is one.
 
-    `model` overrules the recorded base.
+    `model` overrules the recorded base. An adapter that was trained with a classification head gets one.
 
     Raises:
         UserError: when the adapter or its base cannot be read, or the two do not fit.
     """
-    return adapt(load_model(model or base_name(adapter), dtype), adapter_folder(adapter))
+    name, folder = model or base_name(adapter), adapter_folder(adapter)
+    classes = base_model.recorded_classes(folder)
+    return adapt(load_model(name, dtype) if classes is None else load_classifier(name, classes, dtype), folder)
+
+
+def refuse_classifier(adapter: str, what: str) -> None:
+    """Refuse an adapter with a classification head for `what`, which needs a language model.
+
+    Raises:
+        UserError: when it is one.
+    """
+    if (classes := classes_of_adapter(adapter)) is not None:
+        raise UserError(
+            f"'{adapter}' tells classes apart ({', '.join(classes)}) and says nothing else: {what} needs a language "
+            "model; measure it with 'loraplex eval ADAPTER --data ...'"
+        )
 
 
 def adapt(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -45,9 +45,10 @@ class Agreement:
 
 @torch.no_grad()
 def model_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits (tokens, vocabulary) of every row, in float32 on the CPU."""
+    """Return the logits (tokens, vocabulary) of every row, in float32 on the CPU; of a classifier (1, classes)."""
     device = next(model.parameters()).device
-    return [model(input_ids=torch.tensor([list(row)], device=device)).logits[0].float().cpu() for row in rows]
+    found = (model(input_ids=torch.tensor([list(row)], device=device)).logits for row in rows)
+    return [logits.reshape(-1, logits.shape[-1]).float().cpu() for logits in found]
 
 
 def compare(reader: str, before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float) -> Agreement:

@@ -1,4 +1,4 @@
-"""Loading base models and tokenizers by name: the embedded one, a folder or a hub id. Errors are one line."""
+"""Loading base models and tokenizers by name: an embedded one, a folder or a hub id. Errors are one line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from loraplex.errors import UserError, nearest
-from loraplex.models import embedded
+from loraplex.models import embedded, encoder
+from loraplex.models.packaged import packaged_dir
 
-EMBEDDED = "embedded"
+EMBEDDED, ENCODER = "embedded", "minilm"
+PACKAGED = {EMBEDDED: embedded.MODEL, ENCODER: encoder.MODEL}
+"""The models that come inside packages, by the name under which they are asked for."""
 DType = Literal["auto", "bfloat16", "float32"]
 
 # What transformers, the hub client and safetensors raise for a model that is absent, foreign or damaged.
@@ -33,26 +36,27 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 def resolve_model(name: str) -> str:
     """Return what transformers should load for `name`: a folder or a hub id.
 
-    "embedded" becomes the folder of the embedded model, made on first use; so does the folder it had on another
+    A name in `PACKAGED` becomes the folder of that model, made on first use; so does the folder it had on another
     machine, which adapters trained there name as their base.
 
     Raises:
         UserError: when `name` is a path and no folder with a model is there.
     """
-    if name == EMBEDDED:
-        return str(embedded.embedded_model_dir())
+    if name in PACKAGED:
+        return str(packaged_dir(PACKAGED[name]))
     path = Path(name).expanduser()
     if path.is_dir():
         _check_folder(path)
         return str(path)
-    if path.name == embedded.FOLDER_NAME:
-        return str(embedded.embedded_model_dir())
+    for packaged in PACKAGED.values():
+        if path.name == packaged.folder:
+            return str(packaged_dir(packaged))
     if path.exists():
         raise UserError(f"model '{name}' is a file: give the folder that holds config.json and the weights")
     if _looks_like_path(name):
         raise UserError(f"model folder '{name}' does not exist: give a folder, a hub id, or '{EMBEDDED}'")
-    if "/" not in name and nearest(name, [EMBEDDED]):
-        raise UserError(f"there is no model '{name}'.{nearest(name, [EMBEDDED])}")
+    if "/" not in name and nearest(name, PACKAGED):
+        raise UserError(f"there is no model '{name}'.{nearest(name, PACKAGED)}")
     return name
 
 
@@ -99,22 +103,35 @@ def load_model(name: str, dtype: DType = "auto") -> PreTrainedModel:
     Raises:
         UserError: when there is no such model, it cannot be read, or its weights are incomplete.
     """
+    model, missing = load_pretrained(AutoModelForCausalLM, name, dtype)
+    # transformers would go on with random numbers in place of the tensors that are missing.
+    if missing:
+        backbone = f"{model.base_model_prefix}."
+        remedy = "get it again"
+        if not any(key.startswith(backbone) for key in missing):
+            remedy = "get it again, or, if it is an encoder, set model.head to classification"
+        raise UserError(f"model '{name}' lacks {len(missing)} of its weights, '{missing[0]}' for one: {remedy}")
+    return model
+
+
+def load_pretrained(cls: Any, name: str, dtype: DType, **config: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Return a model of one of transformers' Auto classes in evaluation mode, and the names of missing weights, sorted.
+
+    `config` are values of its configuration. Missing weights hold random numbers.
+
+    Raises:
+        UserError: when there is no such model, or it cannot be read.
+    """
     if dtype not in get_args(DType):
         known = ", ".join(get_args(DType))
         raise UserError(f"dtype '{dtype}' is not one of {known}.{nearest(str(dtype), get_args(DType))}")
     source = resolve_model(name)
-    loaded: Any
     with _one_line("model", name), quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        model, info = cls.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
         )
-    model, info = loaded
     assert isinstance(model, PreTrainedModel)
-    # transformers would go on with random numbers in place of the tensors that are missing.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"model '{name}' lacks {len(missing)} of its weights, '{missing[0]}' for one: get it again")
-    return model
+    return model, sorted(info["missing_keys"])
 
 
 @contextlib.contextmanager

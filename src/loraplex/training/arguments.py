@@ -1,4 +1,7 @@
-"""From the recipe to TRL's SFTConfig: every setting that matters is said, none is left to a shipped default."""
+"""From the recipe to the trainer's arguments: every setting that matters is said, none is left to a shipped default.
+
+They are TRL's SFTConfig for a language model, transformers' TrainingArguments for a classification head.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from loraplex.errors import UserError, nearest
 from loraplex.training.recipe import Recipe
 
-# SFTConfig's name -> the recipe's key, where the value is passed on as it is.
+# The argument's name -> the recipe's key, where the value is passed on as it is.
 FROM_TRAINING = {
     "learning_rate": "learning_rate",
     "num_train_epochs": "epochs",
@@ -46,13 +50,14 @@ TRANSLATED = {
 ONLY_AT_THE_END = 10**9
 
 
-def trainer_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
-    """Return the SFTConfig of a recipe; checkpoints go to the folder `checkpoints`.
+def trainer_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
+    """Return the trainer's arguments of a recipe; checkpoints go to the folder `checkpoints`.
 
     Raises:
-        UserError: for a name in `training.trainer_args` that SFTConfig lacks, that the recipe has a key for or that
-            the command sets itself, and for values that SFTConfig refuses.
+        UserError: for a name in `training.trainer_args` that they lack, that the recipe has a key for or that the
+            command sets itself, and for values that they refuse.
     """
+    cls = TrainingArguments if recipe.model.classifies else SFTConfig
     options = recipe.training
     # load_best wants every checkpoint validated.
     save_steps = options.save_every or (options.eval_every if options.load_best else ONLY_AT_THE_END)
@@ -66,34 +71,32 @@ def trainer_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "eval_strategy": "steps" if options.eval_every else "no",
         "metric_for_best_model": "eval_loss" if options.load_best else None,
         "logging_strategy": "steps",
-        # Rows come tokenized and cut to length, with labels.
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         # A loss that is not finite stops the run; it must not be averaged away.
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Unsaid, autocast would be refused where there is no accelerator.
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
     }
-    changeable: dict[str, Any] = {
-        "per_device_eval_batch_size": options.batch_size,
-        "pad_to_multiple_of": None,
+    changeable: dict[str, Any] = {"per_device_eval_batch_size": options.batch_size, "report_to": "none"}
+    if cls is SFTConfig:
+        # Rows come tokenized and cut to length, with labels.
+        said |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         # Our tuner takes the padding out of a batch itself.
-        "padding_free": False,
-        "report_to": "none",
-    }
-    _check_names(options.trainer_args, said)
+        changeable |= {"pad_to_multiple_of": None, "padding_free": False}
+    _check_names(options.trainer_args, said, cls)
     try:
-        return SFTConfig(**{**changeable, **said, **options.trainer_args})
+        return cls(**{**changeable, **said, **options.trainer_args})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
 
 
-def _check_names(extra: dict[str, Any], said: dict[str, Any]) -> None:
-    known = {entry.name for entry in dataclasses.fields(SFTConfig) if entry.init}
+def _check_names(extra: dict[str, Any], said: dict[str, Any], cls: type[TrainingArguments]) -> None:
+    known = {entry.name for entry in dataclasses.fields(cls) if entry.init}
     keys = {name: f"training.{key}" for name, key in FROM_TRAINING.items()} | TRANSLATED
     for name in extra:
         if name not in known:
-            raise UserError(f"training.trainer_args.{name} is not an argument of SFTConfig.{nearest(name, known)}")
+            raise UserError(f"training.trainer_args.{name} is not an argument of {cls.__name__}.{nearest(name, known)}")
         if name in keys:
             raise UserError(f"training.trainer_args.{name}: set {keys[name]} instead")
         if name in said:

@@ -19,11 +19,12 @@ from typing import TypeVar
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
+from loraplex.data import ClassRows, Tokenized
 from loraplex.errors import UserError
 from loraplex.models.loading import resolve_model
-from loraplex.training.preparation import Rows, adapter_config
+from loraplex.training.preparation import Rows, adapter_config, random_base
 from loraplex.training.probe import BlockCost, measure_block
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
@@ -147,7 +148,7 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     block = measure_block(recipe, config, dtype, names, batches.largest)
     trainable, total = model.get_nb_trainable_parameters()
     bounded = budget_of(model)
-    learned = sum(sum(row["completion_mask"]) for row in rows.train.rows) / len(rows.train.rows)
+    learned = _learned(rows.train)
     return Estimate(
         kinds=kinds,
         ranks={layer.site: _rank(layer) for layer in _layers(model, AdapterLayer)},
@@ -164,7 +165,7 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
 def model_config(recipe: Recipe) -> tuple[PretrainedConfig, torch.dtype]:
     """Return the configuration of the recipe's base model and the data type of its weights."""
     config = AutoConfig.from_pretrained(resolve_model(recipe.model.name))
-    if recipe.model.dtype != "auto":
+    if recipe.model.dtype not in (None, "auto"):
         return config, getattr(torch, recipe.model.dtype)
     return config, config.dtype or torch.float32
 
@@ -172,7 +173,7 @@ def model_config(recipe: Recipe) -> tuple[PretrainedConfig, torch.dtype]:
 def build_without_weights(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> PeftModel:
     """Return the recipe's model with its adapter on the meta device: shapes and types, no storage."""
     with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=dtype), adapter_config(recipe))
+        model = get_peft_model(random_base(recipe, config, dtype), adapter_config(recipe))
     assert isinstance(model, PeftModel)
     return model
 
@@ -223,24 +224,36 @@ def _memory(recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches:
         optimizer=int(adapter * state),
         activations=activations + block.kept_outside,
         passing=int(PASSING_SHARE * activations) + (0 if torch.cuda.is_available() else CPU_SCRATCH),
-        head=LOGITS_BYTES * min(batches.most_tokens * text.vocab_size, LOGITS_AT_ONCE),
+        head=LOGITS_BYTES * min(batches.most_tokens * _outputs(recipe, text), LOGITS_AT_ONCE),
     )
 
 
 def _seconds(
     recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches: Batches, block: BlockCost, learned: float
 ) -> float:
-    """Return the time of all steps; `learned` is the mean number of tokens per row that carry loss."""
+    """Return the time of all steps; `learned` is the mean number of labels per row."""
     text = config.get_text_config()
     blocks: int = text.num_hidden_layers
     per_token = block.seconds / batches.most_tokens
     layers = list(_layers(model, SiteLayer))
     flops_per_block = FROZEN_FLOPS * sum(x.in_features * x.out_features for x in layers) / blocks
-    head: float = FROZEN_FLOPS * text.vocab_size * text.hidden_size * learned * batches.rows
+    head: float = FROZEN_FLOPS * _outputs(recipe, text) * text.hidden_size * learned * batches.rows
     again = 4 / 3 if recipe.training.gradient_checkpointing else 1.0
     one_pass = blocks * per_token * batches.mean_tokens * again + head * per_token / flops_per_block
     passes: float = adapter_config(recipe).typed_objective.passes  # type: ignore[attr-defined]
     return one_pass * passes * batches.per_step * batches.steps
+
+
+def _learned(rows: Tokenized | ClassRows) -> float:
+    """Return the mean number of labels per row."""
+    if isinstance(rows, ClassRows):
+        return 1.0
+    return sum(sum(row["completion_mask"]) for row in rows.rows) / len(rows.rows)
+
+
+def _outputs(recipe: Recipe, text: PretrainedConfig) -> int:
+    """Return how many logits the head computes for a label."""
+    return len(recipe.classes) or int(text.vocab_size)
 
 
 def _kinds(model: PeftModel) -> Iterator[Kind]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from loraplex.training.trainer import RunTrainer
+from loraplex.training.trainer import WatchedTrainer
 from loraplex.tuner.model import tuners_in
 
 
-def flops_per_token(trainer: RunTrainer) -> float:
+def flops_per_token(trainer: WatchedTrainer) -> float:
     """Return the operations of forward and backward pass per real token, over a batch of the training rows.
 
     Where an objective draws what a step does, it is the mean over the kinds of steps, weighted by their probability.
@@ -27,7 +28,9 @@ def flops_per_token(trainer: RunTrainer) -> float:
     operations = 0.0
     for share, kind in _kinds_of_steps(model):
         with kind, FlopCounterMode(display=False) as counter:
-            trainer.compute_loss(model, dict(batch)).backward()  # type: ignore[no-untyped-call]
+            loss = trainer.compute_loss(model, dict(batch))
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()
         operations += share * counter.get_total_flops()
         model.zero_grad()
     mask = batch.get("attention_mask")

@@ -18,10 +18,12 @@ from loraplex.evaluation import (
     Decoding,
     majority_share,
     score_answer_loss,
+    score_classes,
     score_generation,
     score_options,
     write_records,
 )
+from loraplex.models.classifier import classes_of
 from loraplex.training.recipe import EvaluationOptions
 
 
@@ -39,6 +41,8 @@ class Measured:
 
     def __str__(self) -> str:
         text = "accuracy {value:.3f} ± {standard_error:.3f} on {items} items".format(**self.summary)
+        if "f1" in self.summary:
+            text += f", F1 {self.summary['f1']:.3f}"
         if per_task := self.summary["per_task"]:
             text += ", mean of {} tasks {value:.3f} ± {standard_error:.3f}".format(
                 len(per_task), **self.summary["macro"]
@@ -75,11 +79,13 @@ def measure(
     """Return the accuracy of `model` on `examples`; rows with choices are scored by them unless `kind` says otherwise.
 
     Where some rows have choices and some do not, the others get the loss of their answer: it is reported beside the
-    accuracy and is no part of it.
+    accuracy and is no part of it. A model with a classification head is asked for the class.
 
     Raises:
-        UserError: when the rows do not allow the kind of scoring asked for.
+        UserError: when the rows or the model do not allow the kind of scoring asked for.
     """
+    if (classes := classes_of(model)) is not None:
+        return _measure_classes(model, tokenizer, examples, classes, options, progress)
     kind = kind_of(examples, options)
     if kind == "mixed":
         return _measure_mixed(model, tokenizer, examples, options, progress)
@@ -101,6 +107,20 @@ def measure(
         )
         accuracies, records, extra = answers.accuracies(), answers.records(), {"unparsable": answers.unparsable}
     return Measured(_summary(kind, accuracies, examples, extra), records)
+
+
+def _measure_classes(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    options: EvaluationOptions,
+    progress: bool,
+) -> Measured:
+    if options.kind not in ("auto", "choices"):
+        raise UserError(f"evaluation.kind is '{options.kind}', but the model has a classification head: leave it out")
+    scores = score_classes(model, tokenizer, examples, classes, batch_size=options.items_at_once, progress=progress)
+    return Measured(_summary("classes", scores.accuracies(), examples, {"f1": scores.f1()}), scores.records())
 
 
 def _measure_mixed(

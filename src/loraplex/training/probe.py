@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from loraplex.cache import nothing_kept
-from loraplex.training.preparation import add_adapter
+from loraplex.training.preparation import add_adapter, random_base
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.labeled import IGNORED
 
@@ -58,14 +59,16 @@ def measure_block(
     recipe = replace(recipe, adapter={**section, "target_modules": kinds})
     seconds, kept = [], []
     for blocks in (1, 2):
-        base = AutoModelForCausalLM.from_config(_shortened(config, blocks), dtype=dtype)
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-        # What SFTTrainer does to a model.
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        base = random_base(recipe, _shortened(config, blocks), dtype)
+        torch.nn.Module.to(base, "cuda" if torch.cuda.is_available() else "cpu")
+        if not recipe.model.classifies:
+            # What SFTTrainer does to a model.
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         with nothing_kept():
             model = add_adapter(recipe, base).train()
-        kept.append(_run(model, lengths)[1])
-        seconds.append(min(_run(model, lengths)[0] for _ in range(REPEATS)))
+        run = partial(_run, model, lengths, recipe.model.classifies)
+        kept.append(run()[1])
+        seconds.append(min(run()[0] for _ in range(REPEATS)))
     return BlockCost(max(seconds[1] - seconds[0], 1e-6), kept[1] - kept[0], max(0, 2 * kept[0] - kept[1]))
 
 
@@ -80,7 +83,7 @@ def _shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
     return short
 
 
-def _run(model: PeftModel, lengths: Sequence[int]) -> tuple[float, int]:
+def _run(model: PeftModel, lengths: Sequence[int], classifies: bool) -> tuple[float, int]:
     """Return the seconds of forward and backward and the bytes kept in between, weights not counted."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -92,10 +95,14 @@ def _run(model: PeftModel, lengths: Sequence[int]) -> tuple[float, int]:
         return tensor
 
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long().to(model.device)
-    batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "labels": (mask - 1) * -IGNORED}
+    batch: dict[str, Any] = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+    if classifies:
+        batch["labels"] = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
+    else:
+        batch |= {"labels": (mask - 1) * -IGNORED, "use_cache": False, "fused_lm_head": True}
     start = _now()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**batch, use_cache=False, fused_lm_head=True).loss
+        loss = model(**batch).loss
     loss.backward()
     return _now() - start, sum(kept.values())
 

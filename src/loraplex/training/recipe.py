@@ -24,9 +24,23 @@ class ModelOptions:
     """The frozen base model."""
 
     name: str = "embedded"
-    """A hub id, a folder, or "embedded": SmolLM2-135M-Instruct from the package index."""
-    dtype: Literal["bfloat16", "float32", "auto"] = "bfloat16"
-    """Of the frozen weights; "auto" is what the checkpoint says. Adapters are float32."""
+    """A hub id, a folder, "embedded" (SmolLM2-135M-Instruct) or "minilm" (the encoder all-MiniLM-L6-v2), both from the
+    package index."""
+    dtype: Literal["bfloat16", "float32", "auto"] | None = None
+    """Of the frozen weights; "auto" is what the checkpoint says. Unset, bfloat16, or float32 under a classification
+    head. Adapters are float32."""
+    head: Literal["language", "classification"] = "language"
+    """"classification" puts a fresh head for the classes in `data.choices` on the model, trained with the adapter."""
+
+    def __post_init__(self) -> None:
+        """Settle the data type."""
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", "float32" if self.classifies else "bfloat16")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model has a classification head, which says nothing before it is trained."""
+        return self.head == "classification"
 
 
 @dataclass(frozen=True)
@@ -54,9 +68,10 @@ class TrainingOptions:
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     max_length: Count | None = 512
-    """Tokens per row; longer rows lose their end, rows that lose their whole completion are dropped and counted."""
+    """Tokens per training row; longer rows lose their end, rows that lose their whole completion are dropped and
+    counted."""
     loss_on: Literal["completion", "all"] = "completion"
-    """Which tokens are learned."""
+    """Which tokens are learned; a classification head learns a class per row."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     autocast: bool = False
@@ -74,7 +89,7 @@ class TrainingOptions:
     logging_every: Count = 1
     """Steps between entries of the loss history."""
     trainer_args: dict[str, Any] = field(default_factory=dict)
-    """Any other argument of TRL's SFTConfig, by its own name."""
+    """Any other argument of TRL's SFTConfig (of TrainingArguments under a classification head), by its own name."""
 
     def __post_init__(self) -> None:
         """Check what one field asks of another."""
@@ -91,13 +106,13 @@ class EvaluationOptions:
 
     kind: Literal["auto", "choices", "mixed", "generation", "labels", "none"] = "auto"
     """Option log-likelihood, the same with the loss of the answer for rows without options ("mixed"), exact match of a
-    greedy answer, or its first label (LLM-Adapters); "auto": by the rows."""
+    greedy answer, or its first label (LLM-Adapters); "auto": by the rows. A classification head gives its class."""
     normalize: Literal["sum", "characters"] = "sum"
     """Which option log-likelihood decides: summed, or divided by the option's characters."""
     rows: Literal["test", "validation"] = "test"
     """Which rows: the test rows, or the training rows held out as `training.validation_rows`."""
     before: bool = True
-    """Measure the base model too."""
+    """Measure the base model too, unless its head is fresh."""
     items_at_once: Count = 16
     """Test rows per forward pass."""
     max_new_tokens: Count | None = None
@@ -133,7 +148,27 @@ class Recipe:
         name = self.adapter.get("adapter", "lora")
         return name if isinstance(name, str) else json.dumps(name)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes of a classification head."""
+        return tuple(choice.strip() for choice in self.data.choices) if self.model.classifies else ()
+
     def __post_init__(self) -> None:
-        """Refuse two adapters."""
+        """Refuse two adapters, and what a head cannot do."""
         if self.adapter and self.peft:
             raise UserError("the recipe has both an adapter and a peft section: give one of them")
+        if not self.model.classifies:
+            if self.data.second is not None:
+                raise UserError("data.second is for model.head classification; write both texts into data.prompt")
+            return
+        head = "model.head is classification"
+        if not self.data.choices:
+            raise UserError(f"{head}: name the classes in data.choices and the text in data.prompt")
+        if len(set(self.classes)) < len(self.classes):
+            raise UserError(f"{head}, but data.choices names a class twice: {', '.join(self.classes)}")
+        if self.evaluation.kind in ("mixed", "generation", "labels"):
+            raise UserError(f"{head}, which does not allow evaluation.kind {self.evaluation.kind}: leave it out")
+        if self.training.loss_on != "completion":
+            raise UserError(f"{head}, which learns classes, not tokens: leave training.loss_on out")
+        if self.data.chat:
+            raise UserError(f"{head}, which reads texts, not chats: leave data.chat out")

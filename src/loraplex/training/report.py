@@ -52,9 +52,14 @@ def split_history(history: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any
 
 
 def draw_loss(
-    path: Path, losses: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], title: str, subtitle: str
+    path: Path,
+    losses: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    title: str,
+    subtitle: str,
+    learned: str = "token",
 ) -> None:
-    """Write the loss curve as a PNG: every entry faintly, their smoothed course boldly."""
+    """Write the loss curve as a PNG: every entry faintly, their smoothed course boldly; in nats per `learned` thing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -70,7 +75,7 @@ def draw_loss(
         points = [entry["step"] for entry in validation], [entry["loss"] for entry in validation]
         axes.plot(*points, color=ACCENT, linewidth=1.4, marker="o", markersize=4, label="validation")
     axes.set_xlabel("optimizer step", color=INK)
-    axes.set_ylabel("loss (nats per token)", color=INK)
+    axes.set_ylabel(f"loss (nats per {learned})", color=INK)
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=22)
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=INK, fontsize=9)
     axes.grid(axis="y", color=GRID)

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.analysis.routing import ROWS_PER_TASK, by_task, history, overview, plain
 from loraplex.analysis.routing_plot import draw_routing
-from loraplex.data import tokenize
+from loraplex.data import tokenize, tokenize_texts
 from loraplex.training.folder import RunFolder, write_json
 from loraplex.training.preparation import Rows
+from loraplex.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,15 @@ class RoutedRows:
     tasks: list[str]
 
 
-def routed_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> RoutedRows:
+def routed_rows(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> RoutedRows:
     """Return the test rows with their tasks; in a run without any the first training rows, as one task."""
     if rows.test:
-        ids = [row["input_ids"][:longest] for row in tokenize(rows.test, tokenizer).rows]
+        found = (
+            tokenize_texts(rows.test, tokenizer, recipe.classes)
+            if recipe.model.classifies
+            else tokenize(rows.test, tokenizer)
+        )
+        ids = [row["input_ids"][: recipe.training.max_length] for row in found.rows]
         return RoutedRows("test", ids, [example.task for example in rows.test])
     ids = [row["input_ids"] for row in rows.train.rows[:ROWS_PER_TASK]]
     return RoutedRows("training", ids, [""] * len(ids))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex.analysis.routing import RoutingWatch
     from loraplex.training.measuring import Measured
     from loraplex.training.preparation import Rows
-    from loraplex.training.trainer import RunTrainer
+    from loraplex.training.trainer import WatchedTrainer
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def train(
     """
     # Usage statistics are the user's to give.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from loraplex.models.loading import load_model, load_tokenizer
+    from loraplex.models.loading import load_tokenizer
     from loraplex.training import preparation
     from loraplex.training.arguments import trainer_arguments
     from loraplex.training.base_model import describe_base
@@ -95,7 +95,7 @@ def train(
         rows = preparation.read_rows(recipe, tokenizer)
     say("rows", _rows_line(rows))
     with run.timed("loading"):
-        base = load_model(recipe.model.name, recipe.model.dtype)
+        base = preparation.load_base(recipe)
     identity = describe_base(base, recipe.model.name)
     resident = start_peak()
     model = preparation.add_adapter(recipe, base)
@@ -104,7 +104,7 @@ def train(
     if settled:
         write_json(run.folder.settled, [choice.evidence for choice in settled])
     parameters = _parameters(model)
-    say("adapter", "{sites} sites, {trainable:,} trainable parameters, {share:.2%} of the model".format(**parameters))
+    say("adapter", _parameters_line(parameters))
     before = _measure_before(run, model, tokenizer, rows)
     # An objective is gone after training, so is what its steps cost.
     operations = flops_per_token(trainer) if count_flops and _has_objective(model) else None
@@ -152,7 +152,7 @@ def _settle(
     return recipe, settled
 
 
-def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
+def _fit(run: _Run, trainer: WatchedTrainer, resume: bool) -> dict[str, Any]:
     """Train and return the losses and the speed; stop where numbers or the user say so."""
     from transformers import set_seed
 
@@ -181,6 +181,8 @@ def _fit(run: _Run, trainer: RunTrainer, resume: bool) -> dict[str, Any]:
         where = f"the last good checkpoint is '{kept}'" if kept else "no checkpoint was due before"
         raise DivergedError(f"{error}; {where}; lower training.learning_rate or look at the data") from error
     watch.stop()
+    # Accelerate leaves autocast around the forward pass; from here on the model computes what the saved one does.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     state = trainer.state
     if interruption.asked and state.global_step < state.max_steps:
         raise TrainingInterrupted(
@@ -222,7 +224,7 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
     """Write plan and adapter and return the adapter as it was read back."""
     from torch.nn import Module
 
-    from loraplex.models.loading import load_model
+    from loraplex.training.preparation import load_base
     from loraplex.training.saving import save_checked
 
     if _is_ours(model):
@@ -230,7 +232,8 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
     token_ids = [row["input_ids"] for row in rows.train.rows]
 
     def fresh_base() -> PreTrainedModel:
-        base = load_model(run.recipe.model.name, run.recipe.model.dtype)
+        # another fresh head than the run's: one that was not saved would show
+        base = load_base(run.recipe, head_seed=run.recipe.seed + 1)
         Module.to(base, model.device)
         return base
 
@@ -241,7 +244,7 @@ def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> 
 
 
 def _measure_before(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Measured | None:
-    if not run.recipe.evaluation.before:
+    if not run.recipe.evaluation.before or run.recipe.model.classifies:
         return None
     # The adapter is off, which is the base model bit for bit.
     with model.disable_adapter():
@@ -261,7 +264,7 @@ def _measure(run: _Run, when: str, model: PeftModel, tokenizer: PreTrainedTokeni
     return measured
 
 
-def _watch_routing(trainer: RunTrainer) -> RoutingWatch:
+def _watch_routing(trainer: WatchedTrainer) -> RoutingWatch:
     """Let the trainer log the gates of a routed adapter; one that routes nothing has nothing to watch."""
     from loraplex.analysis.routing import RoutingWatch
 
@@ -271,7 +274,7 @@ def _watch_routing(trainer: RunTrainer) -> RoutingWatch:
 
 
 def _write_routing(
-    run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, trainer: RunTrainer
+    run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, trainer: WatchedTrainer
 ) -> dict[str, float] | None:
     """Write how the finished adapter routes its rows and return the overview; None where it routes nothing."""
     from loraplex.training.routing import routed_rows, write_routing
@@ -280,7 +283,7 @@ def _write_routing(
         return None
     title = f"{run.recipe.adapter_name} on {run.recipe.model.name}"
     with run.timed("routing"):
-        chosen = routed_rows(rows, tokenizer, run.recipe.training.max_length)
+        chosen = routed_rows(run.recipe, rows, tokenizer)
         return write_routing(run.folder, model, chosen, trainer.state.log_history, title)
 
 
@@ -292,7 +295,8 @@ def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:
         title = f"{run.recipe.adapter_name} on {run.recipe.model.name}"
         speed = metrics["speed"]
         subtitle = f"{metrics['steps']} steps, {speed['tokens_per_second']:.0f} tokens/s"
-        draw_loss(run.folder.plot, metrics["loss"], metrics["validation"], title, subtitle)
+        learned = "row" if run.recipe.model.classifies else "token"
+        draw_loss(run.folder.plot, metrics["loss"], metrics["validation"], title, subtitle, learned)
     # Last: a run with metrics is a finished run.
     write_json(run.folder.metrics, metrics)
 
@@ -329,10 +333,20 @@ def _is_ours(model: PeftModel) -> bool:
 def _parameters(model: PeftModel) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from loraplex.training.preparation import head_size
+
     trainable, total = model.get_nb_trainable_parameters()
     adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
     sites = len(_plan(model).adapted) if _is_ours(model) else adapted
-    return {"sites": sites, "trainable": trainable, "total": total, "share": trainable / total}
+    head = {"head": size} if (size := head_size(model)) else {}
+    return {"sites": sites, "trainable": trainable, **head, "total": total, "share": trainable / total}
+
+
+def _parameters_line(parameters: dict[str, Any]) -> str:
+    head = f" ({parameters['head']:,} of them its head)" if "head" in parameters else ""
+    return "{sites} sites, {trainable:,} trainable parameters{of_head}, {share:.2%} of the model".format(
+        **parameters, of_head=head
+    )
 
 
 def _row_counts(rows: Rows) -> dict[str, int]:

@@ -14,11 +14,11 @@ from loraplex.errors import UserError, nearest
 from loraplex.tuner.config import LoraplexType
 
 
-def stock_config(section: Mapping[str, Any], max_steps: int | None = None) -> PeftConfig:
+def stock_config(section: Mapping[str, Any], max_steps: int | None = None, task_type: str = "CAUSAL_LM") -> PeftConfig:
     """Return PEFT's config of a recipe's `peft` section: `peft_type` and the fields of that type's config.
 
-    Where the section is silent, the task is causal language modeling, the targets are all linear layers, and a
-    config that needs to know the number of optimizer steps (`total_step` of AdaLoRA) gets `max_steps`.
+    Where the section is silent, the task is `task_type`, the targets are all linear layers, and a config that needs to
+    know the number of optimizer steps (`total_step` of AdaLoRA) gets `max_steps`.
 
     Raises:
         UserError: for an unknown type or field, a value that PEFT refuses, or steps that are needed and not known.
@@ -41,7 +41,7 @@ def stock_config(section: Mapping[str, Any], max_steps: int | None = None) -> Pe
             raise UserError(f"peft: {wanted} needs the number of steps: set training.max_steps or peft.total_step")
         given["total_step"] = max_steps
     try:
-        config = cls(**{"task_type": "CAUSAL_LM", **given})
+        config = cls(**{"task_type": task_type, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"peft: {' '.join(str(error).split())}") from error
     assert isinstance(config, PeftConfig)

@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer with the safety of a run around it: nothing that is not finite is kept, Ctrl-C loses nothing."""
+"""TRL's and transformers' trainers with the safety of a run: nothing that is not finite is kept, Ctrl-C loses nothing.
+
+A language model is trained by TRL's SFTTrainer, a classification head by transformers' Trainer.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -32,8 +35,8 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C arrived; the state of training is on disk. The message says how to go on."""
 
 
-class RunTrainer(SFTTrainer):
-    """SFTTrainer that looks at every loss, counts the tokens that are not padding, and logs the gates of a router."""
+class WatchedTrainer(Trainer):
+    """Looks at every loss, counts the tokens that are not padding, and logs the gates of a router."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,7 +52,7 @@ class RunTrainer(SFTTrainer):
         """
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(value := loss.item()):
             raise DivergedError(f"the loss is {value} at step {self.state.global_step + 1}")
         return loss
@@ -70,6 +73,20 @@ class RunTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a run folder says what it is in its own files."""
+
+
+class RunTrainer(WatchedTrainer, SFTTrainer):
+    """For language models."""
+
+
+class ClassifierTrainer(WatchedTrainer):
+    """For classification heads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Whatever a model takes as keywords, most of their losses are means over the rows of one forward pass: the
+        # Trainer has to divide by the number of passes itself.
+        self.model_accepts_loss_kwargs = False
 
 
 class FiniteWatch(TrainerCallback):
