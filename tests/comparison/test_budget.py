@@ -103,6 +103,9 @@ def test_adalora_is_solved_for_the_ranks_that_it_ends_with(recipe: Recipe) -> No
     # alpha over the initial rank stays
     assert solved.recipe.peft["lora_alpha"] == 24 * 8 / 12
     assert solve(stock_adalora(recipe, init_r=16), budget, counter).recipe.peft["init_r"] == 10
+    # LoRA of rank 5 costs no singular values: they are no reason for rank 4
+    beside_lora = solve(stock_adalora(recipe), 5 * sites, counter)
+    assert (beside_lora.recipe.peft["target_r"], beside_lora.within_budget) == (5, True)
     # a whole rank at every site is a large step
     between = solve(stock_adalora(recipe), round(budget * 1.1), counter)
     assert (between.recipe.peft["target_r"], between.within_budget) == (5, False)

@@ -151,7 +151,10 @@ def solve(recipe: Recipe, budget: int, counter: Counter) -> Solved:
         return fixed(recipe, budget, counter)
     sites = counter.sites(_at(recipe, limit))
     if not _has_pattern(recipe):
-        return fixed(_at(recipe, limit), budget, counter)
+        at_limit, above = (_at(recipe, rank) for rank in (limit, limit + 1))
+        # its singular values, which LoRA of the same rank has not, must not cost it a whole rank at every site
+        nearer = _target(recipe) is not None and keeps_to(counter.trainable(above), budget)
+        return fixed(above if nearer else at_limit, budget, counter)
     extra = _largest(lambda k: _fits(_at(recipe, limit, spread(sites, k)), budget, counter), len(sites) - 1)
     return fixed(_at(recipe, limit, spread(sites, extra)), budget, counter)
 
