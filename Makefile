@@ -48,7 +48,7 @@ check: setup
 	@$(BIN)/mypy
 
 bench: setup
-	@for part in training layers routed-layers evaluation startup growth; do $(BIN)/python -m benchmarks $$part $(ARGS) || exit 1; done
+	@for part in training layers routed-layers allocation evaluation startup growth; do $(BIN)/python -m benchmarks $$part $(ARGS) || exit 1; done
 	@$(BIN)/python -m benchmarks report
 
 clean:

@@ -14,6 +14,7 @@ from benchmarks.terminal import errors
 from loraplex.errors import UserError
 
 _TRAINING = ("lora", "dora", "pair", "compact", "hydra", "echo")
+_ALLOCATION = ("scoring", "steps")
 _QUICK = Plan(rounds=2, warm_up=1, quick=True)
 
 
@@ -60,6 +61,17 @@ def routed_layers(rounds: int | None, quick: bool) -> None:
     from benchmarks.routed_layers import run
 
     run(_plan(rounds, quick, default=15))
+
+
+@main.command()
+@_options
+@click.option("--only", type=click.Choice(_ALLOCATION), help="One part: what scoring costs, or the steps between.")
+def allocation(rounds: int | None, quick: bool, only: str | None) -> None:
+    """Scoring against passes of training, and steps with an allocation against steps without."""
+    from benchmarks.allocation import run
+
+    for part in (only,) if only else _ALLOCATION:
+        run(part, _plan(rounds, quick, default=25 if part == "steps" else 9))
 
 
 @main.command()

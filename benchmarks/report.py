@@ -27,6 +27,11 @@ NAMES = {
     "limit": "the limit: frozen model, no adapters",
     "lm-eval-default": "lm-evaluation-harness, its default batch size of 1",
     "lm-eval-best": "lm-evaluation-harness, its best batch size",
+    "passes": "forward and backward over the same batches, as in training",
+    "hetero-all": "HeteroLoRA that keeps every site",
+    "hetero-quarter": "HeteroLoRA, a quarter of the sites on",
+    "hetero-proportional": "HeteroLoRA, ranks in proportion to a quarter of the budget",
+    "alora": "ALoRA, with room for twice the rank",
 }
 _PEERS = ("peft", "PEFT", "lm-eval", "trl")
 """How the names of other projects' contestants begin."""
@@ -39,6 +44,8 @@ _COMMANDS = {
     "training-echo": "training --only echo",
     "layers": "layers",
     "routed-layers": "routed-layers",
+    "allocation-scoring": "allocation --only scoring",
+    "allocation-steps": "allocation --only steps",
     "evaluation": "evaluation",
     "startup": "startup",
     "growth": "growth",
@@ -159,6 +166,17 @@ def _routed_layers(result: Result) -> list[str]:
     return [_table(head, rows), ahead(comparisons)]
 
 
+def _scoring(result: Result) -> list[str]:
+    count = result["settings"]["batches"]
+    head = ["", "passes counted, forward", "backward", f"in passes of training, {count} + 1 wanted", "95 % interval"]
+    rows = []
+    for entry in result["comparisons"]:
+        passes = result["passes"][entry["of"]]
+        scaled = [f"{count * value:.2f}" for value in (entry["median"], entry["low"], entry["high"])]
+        rows.append([entry["of"], str(passes["forward"]), str(passes["backward"]), scaled[0], " – ".join(scaled[1:])])
+    return [_table(head, rows), *_contest(result)]
+
+
 def _evaluation(result: Result) -> list[str]:
     head = ["", "accuracy", "items", "answered otherwise than by loraplex"]
     rows = (
@@ -221,6 +239,8 @@ _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "training-echo": _training,
     "layers": _layers,
     "routed-layers": _routed_layers,
+    "allocation-scoring": _scoring,
+    "allocation-steps": _contest,
     "evaluation": _evaluation,
     "startup": _startup,
     "growth": _growth,

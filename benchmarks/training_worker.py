@@ -63,6 +63,7 @@ def adapter_config(work: TrainingWork) -> PeftConfig:
 
         return AdapterConfig(
             adapter=work.adapter,
+            allocation=work.allocation,
             r=work.rank,
             alpha=ALPHA,
             target_modules=list(work.kinds),
@@ -91,10 +92,10 @@ def _serve_bare(turns: Turns, model: PreTrainedModel, work: TrainingWork, data: 
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     adapted = get_peft_model(model, adapter_config(work)).train()
     _check_dtypes(adapted)
-    padded = [_padded(batch) for batch in data]
+    inputs = [padded(batch) for batch in data]
 
     def step(index: int) -> tuple[int, dict[str, Any]]:
-        output = adapted(**padded[index % len(padded)], use_cache=False, fused_lm_head=True)
+        output = adapted(**inputs[index % len(inputs)], use_cache=False, fused_lm_head=True)
         loss = -output.log_probs.sum() / output.label_mask.sum()
         loss.backward()
         return _tokens(data[index % len(data)]), {"loss": float(loss.detach())}
@@ -102,7 +103,8 @@ def _serve_bare(turns: Turns, model: PreTrainedModel, work: TrainingWork, data: 
     turns.serve(step, tidy=adapted.zero_grad)
 
 
-def _padded(batch: list[TokenRow]) -> dict[str, torch.Tensor]:
+def padded(batch: list[TokenRow]) -> dict[str, torch.Tensor]:
+    """Return a batch as a collator makes it, its labels on the completions."""
     rows = [torch.tensor(row["input_ids"]) for row in batch]
     learnt = [torch.tensor(row["completion_mask"]).bool() for row in batch]
     labels = [ids.masked_fill(~mask, -100) for ids, mask in zip(rows, learnt, strict=True)]

@@ -37,6 +37,8 @@ class TrainingWork:
     """`bare` is forward and backward alone; the others are whole steps under SFTTrainer, see `training_worker`."""
     rank: int = 16
     kinds: tuple[str, ...] = KINDS
+    allocation: str | dict[str, Any] = "uniform"
+    """Of loraplex: what opens and closes ranks while it trains."""
     objective: dict[str, Any] | None = None
     """Of loraplex, with its options."""
     length: int | None = None

@@ -26,6 +26,7 @@ def test_the_public_names() -> None:
         "load_adapter",
         "load_model",
         "load_tokenizer",
+        "print_trainable_parameters",
     ]
 
 

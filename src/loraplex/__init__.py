@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loraplex.models.loading import load_tokenizer as load_tokenizer
     from loraplex.objectives.echo import Echo as Echo
     from loraplex.tuner.config import AdapterConfig as AdapterConfig
+    from loraplex.tuner.counting import print_trainable_parameters as print_trainable_parameters
     from loraplex.tuner.drive import drive_allocation as drive_allocation
     from loraplex.tuner.loading import load_adapter as load_adapter
 
@@ -42,6 +43,7 @@ _HOMES = {
     "load_adapter": "loraplex.tuner.loading",
     "load_model": "loraplex.models.loading",
     "load_tokenizer": "loraplex.models.loading",
+    "print_trainable_parameters": "loraplex.tuner.counting",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "print_trainable_parameters",
 ]
 
 peft_import.install()

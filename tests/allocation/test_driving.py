@@ -1,5 +1,6 @@
 """Allocations drive themselves under trainers that know nothing of them, and a loop of one's own in one call."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,7 @@ def test_factors_that_do_not_shrink_are_refused(name: str) -> None:
         ({"name": "hetero", "ranks": "proportional"}, "proportional needs a budget of ranks or parameters"),
         ({"name": "hetero", "shar": 0.5}, "unknown option 'shar' of allocation 'hetero'.*'share'"),
         ({"name": "alora", "by": "layer"}, "by is 'layer': choose 'site' or 'kind'"),
+        ({"name": "alora", "unit": "modules"}, "unit is 'modules': choose 'ranks' or 'parameters'"),
         ("heterro", "unknown allocation 'heterro'.*'hetero'"),
     ],
 )
@@ -282,6 +284,30 @@ def test_alora_keeps_its_budget_and_its_scale(by: str) -> None:
             for site, rank in ranks.items():
                 kinds.setdefault(site.rpartition(".")[2], set()).add(rank)
             assert all(len(found) == 1 for found in kinds.values())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_scores_are_those_of_the_models_own_loss(attention: str) -> None:
+    """Scoring leaves out padding and logits that carry no label; its numbers are those of the model's own call."""
+    for allocation in (Hetero(batches=3), Hetero(batches=3, proxy="snip", scoring_init="random"), ALoRA(batches=2)):
+        model = adapted(allocation, init_weights=False)
+        model.base_model.model.set_attn_implementation(attention)
+        drive = drive_allocation(model, batches(), total_steps=9)
+        scene = drive.scene()
+        assert scene.quick is not None
+        for batch in scene.batches:
+            torch.testing.assert_close(scene.loss_alone(batch), scene.loss(batch), rtol=1e-5, atol=1e-6)
+        quick = allocation.revise(scene)
+        slow = allocation.revise(replace(scene, quick=None))
+        assert quick.scores == pytest.approx(slow.scores, rel=1e-3, abs=1e-6)
+        assert quick.plan == slow.plan
+
+
+def test_warm_up_steps_let_a_blind_proxy_see(tmp_path: Path) -> None:
+    trainer = train(adapted(Hetero(proxy="snip", batches=2, warm_up=2)), tmp_path)
+    (found,) = decisions(trainer.state.log_history)
+    assert found["step"] == 2
+    assert len(set(found["scores"].values())) == 14
 
 
 def planted() -> PeftModel:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.comparison.budget import Counter, fixed, parse_budget, parse_match, solve, spread
+from loraplex.comparison.budget import Counter, Solved, fixed, parse_budget, parse_match, solve, spread
+from loraplex.comparison.compare import kept_to_budget
+from loraplex.comparison.results import Run
 from loraplex.errors import UserError
 from loraplex.models.loading import load_model
 from loraplex.training.preparation import adapter_config, add_adapter
@@ -48,6 +50,81 @@ def test_stock_lora_gets_the_same_ranks(recipe: Recipe) -> None:
     ours, theirs = solve(recipe, 5000, counter), solve(stock, 5000, counter)
     assert ours.trainable == theirs.trainable
     assert theirs.recipe.peft["rank_pattern"] == ours.recipe.adapter["rank_pattern"]
+
+
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        {"name": "hetero", "share": 0.25, "unit": "parameters", "ranks": "proportional"},
+        {"name": "hetero", "share": 0.5, "unit": "modules"},
+        {"name": "alora", "unit": "parameters"},
+        {"name": "alora"},
+    ],
+)
+def test_the_budget_of_an_allocation_is_what_it_leaves(recipe: Recipe, allocation: dict[str, Any]) -> None:
+    counter = Counter(recipe)
+    solved = solve(arm(recipe, allocation=allocation), 4000, counter)
+    assert 4000 * 0.98 <= solved.trainable <= 4000
+    assert solved.within_budget
+    share = allocation.get("share", 0.5)
+    assert solved.candidates == pytest.approx(solved.trainable / share, rel=1e-3)
+    model = add_adapter(solved.recipe, load_model(recipe.model.name, "float32"))
+    assert model.get_nb_trainable_parameters()[0] == solved.candidates
+    scales = {round(layer.adapter("default").factors.scale, 9) for layer in model.base_model.site_layers()}
+    assert scales == {2.0}
+    # plain LoRA of the same budget is as large, and has no candidates beside
+    plain = solve(recipe, 4000, counter)
+    assert plain.candidates is None
+    assert abs(plain.trainable - solved.trainable) <= 0.02 * 4000
+
+
+def test_a_plan_keeps_its_ranks_whatever_the_budget(recipe: Recipe) -> None:
+    plan = {"model.layers.0.self_attn.q_proj": 3, "model.layers.1.mlp.up_proj": 5}
+    given = arm(recipe, allocation={"name": "uniform", "plan": plan})
+    for budget in (100, 10_000):
+        solved = solve(given, budget, Counter(recipe))
+        assert (solved.recipe, solved.within_budget) == (given, False)
+        assert solved.trainable == 3 * (32 + 32) + 5 * (32 + 48)
+
+
+def stock_adalora(recipe: Recipe, **section: Any) -> Recipe:
+    return dataclasses.replace(recipe, adapter={}, peft={"peft_type": "ADALORA", "total_step": 50, **section})
+
+
+def test_adalora_is_solved_for_the_ranks_that_it_ends_with(recipe: Recipe) -> None:
+    counter = Counter(recipe)
+    sites = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    budget = 5 * (sites + 14)
+    solved = solve(stock_adalora(recipe, lora_alpha=24), budget + 30, counter)
+    # PEFT's own proportion, 12 to 8; A, B and the singular values of the five ranks that a site has on average
+    assert {key: solved.recipe.peft[key] for key in ("target_r", "init_r")} == {"target_r": 5, "init_r": 8}
+    assert (solved.trainable, solved.candidates) == (budget, 8 * (sites + 14))
+    assert solved.within_budget
+    # alpha over the initial rank stays
+    assert solved.recipe.peft["lora_alpha"] == 24 * 8 / 12
+    assert solve(stock_adalora(recipe, init_r=16), budget, counter).recipe.peft["init_r"] == 10
+    # LoRA of rank 5 costs no singular values: they are no reason for rank 4
+    beside_lora = solve(stock_adalora(recipe), 5 * sites, counter)
+    assert (beside_lora.recipe.peft["target_r"], beside_lora.within_budget) == (5, True)
+    # a whole rank at every site is a large step
+    between = solve(stock_adalora(recipe), round(budget * 1.1), counter)
+    assert (between.recipe.peft["target_r"], between.within_budget) == (5, False)
+    named = stock_adalora(recipe, target_r=2, init_r=3)
+    own = solve(named, budget, counter)
+    assert (own.recipe, own.trainable, own.within_budget) == (named, 2 * (sites + 14), False)
+
+
+def test_what_an_allocation_has_left_decides_whether_it_kept_to_the_budget(recipe: Recipe) -> None:
+    def runs(*left: int | None) -> list[Run]:
+        return [Run(seed, "finished", "", trainable=9000, deployed=found) for seed, found in enumerate(left)]
+
+    moving = Solved(recipe, 1000, True, candidates=9000)
+    assert kept_to_budget(moving, runs(990, 1010), 1000)
+    assert not kept_to_budget(moving, runs(990, 1100), 1000)
+    assert not kept_to_budget(moving, runs(990, 900), 1000)
+    assert kept_to_budget(moving, runs(None), 1000)
+    assert kept_to_budget(Solved(recipe, 1000, True), runs(9000), 1000)
+    assert [run.parameters for run in runs(990, None)] == [990, 9000]
 
 
 def test_what_cannot_spend_the_budget_says_so(recipe: Recipe) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from loraplex import ALoRA, Hetero
 from loraplex.data import Example, read_examples
 from loraplex.data.sources import benchmark_root
+from loraplex.training.preparation import adapter_config
 from loraplex.training.reading import read_recipe
 from loraplex.training.recipe import Recipe
 
@@ -69,3 +71,29 @@ def test_the_published_values_of_hydralora() -> None:
         1024,
     )
     assert (read.model.dtype, read.seed) == ("bfloat16", 41)
+
+
+def test_the_published_values_of_heterolora() -> None:
+    opt, llama = recipe("hetero-opt-350m"), recipe("hetero-llama2-7b")
+    assert (opt.model.name, llama.model.name) == ("facebook/opt-350m", "meta-llama/Llama-2-7b-hf")
+    for read, share, every in ((opt, 0.25, 0.2), (llama, 0.33, 0.25)):
+        assert read.adapter["target_modules"] == ["q_proj", "v_proj"]
+        allocation = adapter_config(read).typed_allocation
+        assert allocation == Hetero(share=share, every=every)
+        assert (allocation.proxy, allocation.unit, allocation.batches) == ("grad_norm", "modules", 32)
+    assert [(read.adapter["r"], read.adapter["alpha"]) for read in (opt, llama)] == [(8, 16), (64, 16)]
+    for read, rate in ((opt, 2e-4), (llama, 2e-5)):
+        training = read.training
+        assert (training.learning_rate, training.schedule, training.weight_decay) == (rate, "cosine", 0.01)
+        assert (training.epochs, training.batch_size) == (20, 8)
+
+
+def test_the_published_values_of_alora() -> None:
+    read = recipe("alora-llama2-7b")
+    allocation = adapter_config(read).typed_allocation
+    assert allocation == ALoRA(rounds=8, pruned=7, first=1.0, then=0.25, batches=2)
+    assert allocation.batches * read.training.batch_size == 32
+    assert (read.adapter["r"], len(read.adapter["target_modules"])) == (8, 7)
+    training = read.training
+    assert (training.learning_rate, training.schedule, training.warmup) == (1e-4, "linear", 0.06)
+    assert (training.epochs, training.max_length, training.eval_every) == (10, 2048, 200)

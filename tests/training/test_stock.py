@@ -44,6 +44,18 @@ def test_adalora_moves_its_ranks(tiny_recipe: Path) -> None:
     # Budget: one rank a site on average, of the four that each started with.
     assert sum(sum(kept) for kept in pattern.values()) == 14
     assert all(len(kept) == 4 for kept in pattern.values())
+    sizes = {"q_proj": 64, "k_proj": 48, "v_proj": 48, "o_proj": 64, "gate_proj": 80, "up_proj": 80, "down_proj": 80}
+    # of a rank a row of A, a column of B and its singular value
+    left = sum(sum(kept) * (sizes[name.split(".")[-2]] + 1) for name, kept in pattern.items())
+    assert result.metrics["parameters"]["deployed"] == left
+    assert result.metrics["parameters"]["trainable"] == 4 * 2 * (sum(sizes.values()) + 7)
+
+
+def test_adalora_ends_with_its_budget_also_where_no_step_is_left_after_it(tiny_recipe: Path) -> None:
+    """PEFT's own defaults, but for revisions that the last step is none of: the end still fixes the final ranks."""
+    result = train(with_peft(tiny_recipe, peft_type="ADALORA", init_r=4, target_r=2, deltaT=4))
+    model = PeftModel.from_pretrained(load_model(read_recipe(tiny_recipe).model.name, "float32"), str(result.adapter))
+    assert sum(sum(kept) for kept in model.peft_config["default"].rank_pattern.values()) == 2 * 14
 
 
 def losses(recipe: Recipe, model: PeftModel, folder: Path) -> list[float]:

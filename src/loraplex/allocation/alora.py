@@ -6,7 +6,8 @@ Adaptation for Fine-tuning Large Language Models, arXiv 2403.16187, sections 3.2
 A round closes the n_A ranks with the lowest IS; the modules that lost none share n_A new ranks as evenly as possible,
 the remainder going to those with the highest mean IS. A new rank starts with B = 0 and changes nothing; the scale s
 stays that of the initial rank. Where every module has lost a rank nothing is added. New ranks have room up to
-`growth` times the initial rank, which the paper does not bound.
+`growth` times the initial rank, which the paper does not bound. The budget is what the initial ranks cost: their
+number, as the paper counts, or their parameters, which ranks that move to wider modules may then not exceed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from loraplex.allocation.budget import Budget
 from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
 from loraplex.allocation.proxies import evaluating, mean_over_processes
 from loraplex.errors import UserError
+
+Scores = Mapping[tuple[str, int], float]
+"""IS by (group, rank): the group is a site, or a kind of module whose sites share their ranks."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,15 @@ class ALoRA(Allocator):
     """Largest rank of a site as a multiple of the initial one."""
     batches: int = 1
     """Batches that ranks are scored on; the paper takes one of 32 validation rows."""
+    unit: str = "ranks"
+    """What never grows: the number of open "ranks", as in the paper, or of their "parameters"."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         if self.by not in ("site", "kind"):
             raise UserError(f"by is {self.by!r}: choose 'site' or 'kind'")
+        if self.unit not in ("ranks", "parameters"):
+            raise UserError(f"unit is {self.unit!r}: choose 'ranks' or 'parameters'")
         for name in ("rounds", "batches", *(["pruned"] if self.pruned is not None else [])):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -69,28 +77,31 @@ class ALoRA(Allocator):
         return [step for step in dict.fromkeys(steps) if step < total_steps]
 
     def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
-        """Return the configured ranks open and the room for new ones closed; their sum is the budget."""
+        """Return the configured ranks open and the room for new ones closed; what they cost is the budget."""
         gates = {c.name: (torch.arange(c.ranks) < rank(c.name)).float() for c in candidates}
-        return gates, Budget(int(sum(gate.sum() for gate in gates.values())), "ranks")
+        open_ranks = {name: int(gate.sum()) for name, gate in gates.items()}
+        return gates, Budget(Budget(0, self.unit).spent(candidates, open_ranks), self.unit)
 
     def revise(self, scene: Scene) -> Revision:
         """Prune and give anew, one round."""
-        groups = self._groups(scene.candidates)
-        scores = _importance(scene, groups)
-        moving = self.pruned or len({candidate.site.kind for candidate in scene.candidates})
-        gates = {candidate.name: candidate.gate.detach().cpu().clone() for candidate in scene.candidates}
+        return self.moved(scene.candidates, scene.budget, _importance(scene, self.groups(scene.candidates)))
+
+    def moved(self, candidates: Sequence[Candidate], budget: Budget, scores: Scores) -> Revision:
+        """Return the gates after a round; `scores` are those of every open rank by (group, rank)."""
+        groups = self.groups(candidates)
+        moving = self.pruned or len({candidate.site.kind for candidate in candidates})
+        gates = {candidate.name: candidate.gate.detach().cpu().clone() for candidate in candidates}
         worst = sorted(scores, key=lambda entry: (scores[entry], entry))[:moving]
         for group, rank in worst:
             for candidate in groups[group]:
                 gates[candidate.name][rank] = 0
         lost = {group for group, _ in worst}
-        freed = sum(len(groups[group]) for group, _ in worst)
-        self._give(groups, scores, gates, [group for group in groups if group not in lost], freed, len(worst))
+        self._give(budget, groups, scores, gates, [group for group in groups if group not in lost], len(worst))
         named = {f"{group}[{rank}]": value for (group, rank), value in scores.items()}
         full = "" if len(lost) < len(groups) else "every module lost a rank, so none was given anew"
         return Revision(gates, named, full)
 
-    def _groups(self, candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    def groups(self, candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
         """Return what shares a gate: the site alone, or all sites of its kind."""
         groups: dict[str, list[Candidate]] = {}
         for candidate in candidates:
@@ -102,27 +113,30 @@ class ALoRA(Allocator):
 
     def _give(
         self,
+        budget: Budget,
         groups: Mapping[str, list[Candidate]],
-        scores: Mapping[tuple[str, int], float],
+        scores: Scores,
         gates: dict[str, Tensor],
         spared: Sequence[str],
-        freed: int,
         new_ranks: int,
     ) -> None:
-        """Open `new_ranks` ranks in the groups that lost none, while what was freed pays for them."""
+        """Open `new_ranks` ranks in the groups that lost none, while the budget pays for them."""
+        every = [candidate for members in groups.values() for candidate in members]
+        left = budget.amount - sum(budget.price(c, int(gates[c.name].sum())) for c in every)
         means = {group: _mean([v for (name, _), v in scores.items() if name == group]) for group in spared}
         order = sorted(spared, key=lambda group: (-means[group], group))
         while new_ranks and order:
             given = 0
             for group in list(order):
                 fresh = {candidate.name: _untrained(candidate, gates[candidate.name]) for candidate in groups[group]}
-                if not all(fresh.values()) or len(fresh) > freed:
+                price = sum(_price_of_one_more(budget, candidate, gates[candidate.name]) for candidate in groups[group])
+                if not all(fresh.values()) or price > left:
                     # full, or dearer than what is left: a kind opens in all its sites or in none
                     order.remove(group)
                     continue
                 for name, ranks in fresh.items():
                     gates[name][ranks[0]] = 1
-                freed, new_ranks, given = freed - len(fresh), new_ranks - 1, given + 1
+                left, new_ranks, given = left - price, new_ranks - 1, given + 1
                 if not new_ranks:
                     return
             if not given:
@@ -133,6 +147,11 @@ def _untrained(candidate: Candidate, gate: Tensor) -> list[int]:
     """Return the closed ranks that have never been trained: opening one of them changes nothing."""
     _, b = candidate.adapter.factors.parts()
     return [rank for rank in (gate == 0).nonzero().flatten().tolist() if not bool(b[:, rank].any())]
+
+
+def _price_of_one_more(budget: Budget, candidate: Candidate, gate: Tensor) -> int:
+    now = int(gate.sum())
+    return budget.price(candidate, now + 1) - budget.price(candidate, now)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -147,7 +166,7 @@ def _importance(scene: Scene, groups: Mapping[str, list[Candidate]]) -> dict[tup
     scene.say(f"AB-LoRA: {len(open_ranks)} ranks, {2 * len(open_ranks) + 1} passes over {len(scene.batches)} batches")
 
     def fidelity() -> float:
-        loss = torch.stack([scene.loss(batch).double() for batch in scene.batches]).mean()
+        loss = torch.stack([scene.loss_alone(batch).double() for batch in scene.batches]).mean()
         mean_over_processes([loss])
         return -float(loss)
 

@@ -68,6 +68,19 @@ def most_parameters(candidates: Sequence[Priced], budget: Budget) -> int:
     return found
 
 
+def worth(candidates: Sequence[Priced], start: Mapping[str, int], budget: Budget) -> int:
+    """Return how many parameters the budget stands for: its amount, where that is in parameters.
+
+    For ranks and modules, whose price in parameters differs from site to site, it is what the ranks open at the `start`
+    cost, shrunk to the budget in proportion where they exceed it.
+    """
+    if budget.unit == "parameters":
+        return budget.amount
+    spent = budget.spent(candidates, start)
+    cost = sum(candidate.cost(start.get(candidate.name, 0)) for candidate in candidates)
+    return cost if spent <= budget.amount else round(cost * budget.amount / spent)
+
+
 def check_unit(unit: Any) -> None:
     """Raise a UserError when `unit` is none of `UNITS`."""
     if unit not in UNITS:

@@ -76,11 +76,20 @@ class Scene:
     """Optimizer steps done."""
     seed: int
     say: Callable[[str], None] = lambda text: None
+    quick: Callable[[Batch], Tensor] | None = None
+    """Gives the loss of a batch as a training step computes it, where that is quicker than the model's own call."""
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the model's own loss on a batch, differentiable: the mean over its targets."""
         loss: Tensor = self.model(**batch).loss
         return loss
+
+    def loss_alone(self, batch: Batch) -> Tensor:
+        """Return the same loss for who looks at nothing else: gradients of A, B and W0 once, or its value.
+
+        Padding and logits that no label asks for may be left out.
+        """
+        return self.loss(batch) if self.quick is None else self.quick(batch)
 
     def generator(self) -> torch.Generator:
         """Return a generator that depends on the seed and the step, the same in every process."""
@@ -116,6 +125,15 @@ class Allocator(ABC):
     def edges(self) -> Edges | None:
         """Which residual edges are candidates beside the linear maps; None where there are none."""
         return None
+
+    @property
+    def given(self) -> Plan | None:
+        """Ranks by site that take the place of the configured ones; None where every site has its configured rank."""
+        return None
+
+    def without_given(self) -> Allocator:
+        """Return these options once the given ranks stand in the configuration itself."""
+        return self
 
     def allocated_rank(self, rank: int) -> int:
         """Return how many ranks a site is built with that starts with `rank` open ones."""

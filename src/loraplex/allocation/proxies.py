@@ -138,7 +138,9 @@ def fisher(scene: Scene, how: Scoring) -> Scores:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: value / samples for name, value in squares.items()}
+    totals = torch.tensor([*squares.values(), samples], dtype=torch.float64, device=_device(scene))
+    mean_over_processes([totals])
+    return {name: value / float(totals[-1]) for name, value in zip(squares, totals.tolist(), strict=False)}
 
 
 def grasp(scene: Scene, how: Scoring) -> Scores:
@@ -183,7 +185,7 @@ def alpha_test(scene: Scene, how: Scoring) -> Scores:
 
     @torch.no_grad()
     def loss() -> float:
-        total = torch.stack([scene.loss(batch).double() for batch in scene.batches]).mean()
+        total = torch.stack([scene.loss_alone(batch).double() for batch in scene.batches]).mean()
         mean_over_processes([total])
         return float(total)
 
@@ -229,7 +231,7 @@ def _of_gradients(
         for tensor in _tensors(candidate, how):
             tensor.grad = None
     for batch in batches:
-        (loss or scene.loss)(batch).backward()
+        (loss or scene.loss_alone)(batch).backward()
     scores = {}
     for candidate in scene.candidates:
         tensors = _tensors(candidate, how)
@@ -248,6 +250,10 @@ def _weight(candidate: Candidate) -> Tensor:
     if candidate.weight is None:
         raise UserError(f"{candidate.name} is a shortcut, which has no frozen weight: score the adapter instead")
     return candidate.weight()
+
+
+def _device(scene: Scene) -> torch.device:
+    return scene.candidates[0].gate.device
 
 
 def mean_over_processes(tensors: Sequence[Tensor]) -> None:

@@ -78,10 +78,17 @@ def _sites(found: Estimate) -> RenderableType:
     share = f"{found.trainable / found.total:.3%}"
     name = "all" if found.kept is None else "all candidates"
     table.add_row(name, f"{len(found.ranks):,}", "", f"{found.trainable:,}", share, style="bold")
-    if found.kept is not None:
-        share = f"{found.kept / found.total:.3%}"
-        table.add_row(f"kept, at most ({found.budget})", "", "", f"{found.kept:,}", share, style="bold")
+    for word, kept in _kept(found):
+        table.add_row(f"kept, {word} ({found.budget})", "", "", f"{kept:,}", f"{kept / found.total:.3%}", style="bold")
     return table
+
+
+def _kept(found: Estimate) -> list[tuple[str, int]]:
+    """Return what an allocation's budget leaves of the candidates; nothing where no rank moves."""
+    if found.kept is None or found.kept_at_most is None:
+        return []
+    about = [("about", found.kept)] if found.kept != found.kept_at_most else []
+    return [*about, ("at most", found.kept_at_most)]
 
 
 def _needs(found: Estimate) -> RenderableType:

@@ -1,6 +1,8 @@
 """Ranks from a parameter budget: the whole trainable part of an arm is counted, on the model without its weights.
 
-What is counted is what an arm deploys: the tensors of an objective, which are gone after training, are not.
+What is counted is what an arm deploys: the tensors of an objective, which are gone after training, are not, and of an
+allocation it is what the final budget leaves, not the candidates. The same goes for AdaLoRA of stock PEFT: its target_r
+is solved, and init_r keeps its proportion to it.
 
 With every site at rank r or r + 1 the count comes within a site's step of the budget. Which sites get the extra rank is
 decided by position alone: k of n sites, evenly spread in the order of the model's modules, so the same arm always gets
@@ -13,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,6 +29,7 @@ from loraplex.training.estimate import build_without_weights, model_config
 from loraplex.training.preparation import adapter_config
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.counting import count_parameters
 
 # An arm within this share of the budget counts as on it.
 TOLERANCE = 0.02
@@ -41,41 +44,66 @@ class Solved:
 
     recipe: Recipe
     trainable: int
+    """Parameters at the end of training; of a budget in ranks or modules those where all sites are chosen alike."""
     within_budget: bool
+    candidates: int | None = None
+    """All that is trained at some time, where an allocation leaves less."""
+
+
+@dataclass(frozen=True)
+class _Count:
+    final: int
+    trained: int
+    total: int
+    sites: list[str]
 
 
 class Counter:
-    """Trainable parameters of recipes on one base model; nothing is counted twice."""
+    """Parameters of recipes on one base model; nothing is counted twice."""
 
     def __init__(self, recipe: Recipe) -> None:
         config, dtype = model_config(recipe)
         self._config: PretrainedConfig = config
         self._dtype: torch.dtype = dtype
-        self._found: dict[str, tuple[int, int, list[str]]] = {}
+        self._found: dict[str, _Count] = {}
 
     def trainable(self, recipe: Recipe) -> int:
-        """Return the number of trained parameters, whatever kind they are."""
-        return self._count(recipe)[0]
+        """Return the number of parameters that are trained and left at the end, whatever kind they are."""
+        return self._count(recipe).final
+
+    def candidates(self, recipe: Recipe) -> int | None:
+        """Return the number of parameters that are trained at some time, None where that is the same."""
+        found = self._count(recipe)
+        return found.trained if found.trained != found.final else None
 
     def total(self, recipe: Recipe) -> int:
         """Return the number of parameters of the base model."""
-        trainable, everything, _ = self._count(recipe)
-        return everything - trainable
+        found = self._count(recipe)
+        return found.total - found.trained
 
     def sites(self, recipe: Recipe) -> list[str]:
         """Return the names of the adapted modules in the order of the model."""
-        return self._count(recipe)[2]
+        return self._count(recipe).sites
 
-    def _count(self, recipe: Recipe) -> tuple[int, int, list[str]]:
+    def _count(self, recipe: Recipe) -> _Count:
         recipe = replace(recipe, adapter={key: value for key, value in recipe.adapter.items() if key != "objective"})
         key = repr((recipe.adapter, recipe.peft, recipe.training.max_steps))
         if key not in self._found:
             model = build_without_weights(recipe, self._config, self._dtype)
-            trainable, total = model.get_nb_trainable_parameters()
+            counted = count_parameters(model)
             modules = model.get_base_model().named_modules()
             adapted = [name for name, module in modules if isinstance(module, BaseTunerLayer) and not is_edge(name)]
-            self._found[key] = (trainable, total, adapted)
+            final, target = counted.kept, _target(recipe)
+            if target is not None and target.get("init_r") != recipe.peft.get("init_r"):
+                final = self._count(replace(recipe, peft=target)).trained
+            self._found[key] = _Count(final, counted.trainable, counted.total, adapted)
         return self._found[key]
+
+
+def _target(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the section of an adapter of PEFT that has from the start the ranks that it would end with, if it has."""
+    target = getattr(adapter_config(recipe), "target_r", None) if recipe.peft else None
+    return None if target is None else {**recipe.peft, "init_r": target}
 
 
 def parse_budget(text: str | float, model_parameters: int) -> int:
@@ -124,7 +152,10 @@ def solve(recipe: Recipe, budget: int, counter: Counter) -> Solved:
         return fixed(recipe, budget, counter)
     sites = counter.sites(_at(recipe, limit))
     if not _has_pattern(recipe):
-        return fixed(_at(recipe, limit), budget, counter)
+        at_limit, above = (_at(recipe, rank) for rank in (limit, limit + 1))
+        # its singular values, which LoRA of the same rank has not, must not cost it a whole rank at every site
+        nearer = _target(recipe) is not None and keeps_to(counter.trainable(above), budget)
+        return fixed(above if nearer else at_limit, budget, counter)
     extra = _largest(lambda k: _fits(_at(recipe, limit, spread(sites, k)), budget, counter), len(sites) - 1)
     return fixed(_at(recipe, limit, spread(sites, extra)), budget, counter)
 
@@ -132,7 +163,12 @@ def solve(recipe: Recipe, budget: int, counter: Counter) -> Solved:
 def fixed(recipe: Recipe, budget: int | None, counter: Counter) -> Solved:
     """Return the recipe as it is with its count."""
     trainable = counter.trainable(recipe)
-    return Solved(recipe, trainable, budget is None or abs(trainable - budget) <= TOLERANCE * budget)
+    return Solved(recipe, trainable, keeps_to(trainable, budget), counter.candidates(recipe))
+
+
+def keeps_to(parameters: int, budget: int | None) -> bool:
+    """Tell whether a number of parameters counts as on the budget; where there is none, any does."""
+    return budget is None or abs(parameters - budget) <= TOLERANCE * budget
 
 
 def spread(sites: Sequence[str], count: int) -> list[str]:
@@ -142,14 +178,14 @@ def spread(sites: Sequence[str], count: int) -> list[str]:
 
 def _lowest_rank(recipe: Recipe, counter: Counter) -> int:
     """Return the smallest rank that the method takes: PRoLoRA's must be as large as the part it does not share."""
-    rank = 1
+    rank, config = 1, cast(Any, adapter_config(recipe))
     while True:
         try:
             counter.trainable(_at(recipe, rank))
             return rank
         except UserError:
             # no rank is legal where the recipe's own is not
-            if rank >= adapter_config(recipe).r:  # type: ignore[attr-defined]
+            if rank >= config.r:
                 raise
         rank += 1
 
@@ -175,7 +211,12 @@ def _fits(recipe: Recipe, budget: int, counter: Counter) -> bool:
 
 
 def _has_rank(recipe: Recipe) -> bool:
-    return not recipe.peft or (hasattr(adapter_config(recipe), "r") and "r" not in recipe.peft)
+    config = adapter_config(recipe)
+    if isinstance(config, AdapterConfig):
+        # a plan's ranks are what they are
+        return config.typed_allocation.given is None
+    name = "target_r" if hasattr(config, "target_r") else "r"
+    return hasattr(config, name) and name not in recipe.peft
 
 
 def _has_pattern(recipe: Recipe) -> bool:
@@ -186,15 +227,20 @@ def _has_pattern(recipe: Recipe) -> bool:
 
 def _at(recipe: Recipe, rank: int, one_more: Sequence[str] = ()) -> Recipe:
     """Return the recipe with its rank replaced and its scale kept; `one_more` are sites with one rank more."""
-    config = adapter_config(recipe)
+    config: Any = adapter_config(recipe)
     if isinstance(config, AdapterConfig):
         scale = config.typed_adapter.factors.scale
         section = {**recipe.adapter, **_ranks("alpha", config.alpha, config.r, scale, rank, one_more)}
         return replace(recipe, adapter=section)
+    if hasattr(config, "target_r"):
+        # above the target, or nothing could be pruned; its scale is alpha over the initial rank
+        initial = max(rank + 1, round(rank * config.init_r / config.target_r))
+        alpha = config.lora_alpha * initial / config.init_r
+        return replace(recipe, peft={**recipe.peft, "target_r": rank, "init_r": initial, "lora_alpha": alpha})
     alpha = getattr(config, "lora_alpha", None)
     if alpha is None:
         return replace(recipe, peft={**recipe.peft, "r": rank})
-    own: int = config.r  # type: ignore[attr-defined]
+    own: int = config.r
     scale = partial(scaling, use_rslora=getattr(config, "use_rslora", False))
     ranks = _ranks("lora_alpha", alpha, own, scale, rank, one_more)
     return replace(recipe, peft={**recipe.peft, **ranks})

@@ -32,6 +32,7 @@ def collect(job: Job, error: str | None = None) -> Run:
         tasks=per_task,
         loss=[(entry["step"], entry["loss"]) for entry in metrics["loss"]],
         trainable=metrics["parameters"]["trainable"],
+        deployed=metrics["parameters"].get("deployed"),
         file_bytes=(folder.adapter / WEIGHTS).stat().st_size,
         steps=metrics["steps"],
         seconds_per_step=speed["seconds_per_step"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex.allocation.plan import Plan
-from loraplex.comparison.budget import Counter, Solved, fixed, parse_budget, parse_match, solve
+from loraplex.comparison.budget import Counter, Solved, fixed, keeps_to, parse_budget, parse_match, solve
 from loraplex.comparison.collecting import collect, collect_base, environment
 from loraplex.comparison.grouped import joined, parts
 from loraplex.comparison.jobs import Job, Kind, make_job
@@ -25,7 +25,7 @@ from loraplex.training.recipe import Recipe, TrainingOptions
 from loraplex.tuner.config import AdapterConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 Say = Callable[[str, str], None]
 COMPUTE = "compute"
@@ -127,22 +127,35 @@ def _compare(sweep: _Sweep) -> Comparison:
     # a fresh classification head says nothing before it is trained
     untrained = [base] if items and not base.recipe.model.classifies else []
     sweep.carry_out([*untrained, *ordered], "runs")
-    arms = [
-        Arm(
-            name=name,
-            summary=_summary(sweep, name),
-            learning_rate=sweep.rates[name],
-            trainable=sweep.solved[name].trainable,
-            within_budget=sweep.solved[name].within_budget,
-            runs=[sweep.run(jobs) for jobs in runs[name]],
-            trials=trials[name],
-        )
-        for name in recipe.arms
-    ]
+    arms = [_arm(sweep, name, runs[name], trials[name]) for name in recipe.arms]
     comparison = _comparison(sweep, arms, collect_base(base, sweep.errors.get(base.name)), environment(ordered))
     write_results(comparison, sweep.output)
     write_report([comparison], sweep.output)
     return comparison
+
+
+def _arm(sweep: _Sweep, name: str, jobs: list[list[Job]], trials: list[Trial]) -> Arm:
+    """Return an arm with its runs."""
+    solved = sweep.solved[name]
+    runs = [sweep.run(of_seed) for of_seed in jobs]
+    return Arm(
+        name=name,
+        summary=_summary(sweep, name),
+        learning_rate=sweep.rates[name],
+        trainable=solved.trainable,
+        within_budget=kept_to_budget(solved, runs, sweep.budget),
+        runs=runs,
+        trials=trials,
+        candidates=solved.candidates,
+    )
+
+
+def kept_to_budget(solved: Solved, runs: Sequence[Run], budget: int | None) -> bool:
+    """Tell whether an arm kept to the budget: with an allocation by what its runs have left, as soon as any has."""
+    left = [run.deployed for run in runs if run.deployed is not None]
+    if solved.candidates is None or not left:
+        return solved.within_budget
+    return all(keeps_to(found, budget) for found in left)
 
 
 def _check_rows(sweep: _Sweep) -> int:
@@ -200,10 +213,12 @@ def _solve(sweep: _Sweep) -> None:
             solved = fixed(arm, budget, counter)
         else:
             solved = solve(arm, budget, counter)
-        solved = replace(solved, trainable=adapters * solved.trainable)
+        candidates = None if solved.candidates is None else adapters * solved.candidates
+        solved = replace(solved, trainable=adapters * solved.trainable, candidates=candidates)
         sweep.solved[name] = solved
         sweep.rates[name] = solved.recipe.training.learning_rate
-        note = "" if solved.within_budget else f", off the budget of {sweep.budget:,}"
+        note = f" of {solved.candidates:,} in candidates" if solved.candidates is not None else ""
+        note += "" if solved.within_budget else f", off the budget of {sweep.budget:,}"
         sweep.say("arm", f"{name}: {_summary(sweep, name)}, {solved.trainable:,} parameters{note}")
         _write_plan(sweep, name, solved, counter)
 
@@ -315,7 +330,9 @@ def _describe(recipe: Recipe, common: TrainingOptions) -> str:
     """Return an arm in a few words: the adapter, its rank, and where its training differs from the reference's."""
     section: dict[str, Any] = recipe.peft or recipe.adapter
     words = [recipe.adapter_name]
-    if (rank := section.get("r", None if recipe.peft else AdapterConfig.r)) is not None:
+    if "target_r" in section:
+        words.append(f"target_r={section['target_r']} init_r={section.get('init_r', 'default')}")
+    elif (rank := section.get("r", None if recipe.peft else AdapterConfig.r)) is not None:
         uneven = len({rank, *section.get("rank_pattern", {}).values()}) > 1
         words.append(f"r={rank}{'–' + str(rank + 1) if uneven else ''}")
     for key, value in vars(recipe.training).items():

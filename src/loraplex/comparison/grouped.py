@@ -52,6 +52,7 @@ def joined(runs: Sequence[Run], order: Sequence[str]) -> Run:
         tasks={task: part.value for task, part in found.per_task.items()} if found and len(found.per_task) > 1 else {},
         loss=_one_after_another(runs),
         trainable=sum(run.trainable or 0 for run in runs),
+        deployed=sum(run.parameters or 0 for run in runs),
         file_bytes=sum(run.file_bytes or 0 for run in runs),
         steps=steps,
         seconds_per_step=seconds / steps if steps else None,

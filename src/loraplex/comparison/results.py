@@ -25,6 +25,7 @@ _RUN_COLUMNS = (
     "accuracy",
     "standard_error",
     "trainable",
+    "deployed",
     "file_bytes",
     "steps",
     "seconds_per_step",
@@ -82,6 +83,13 @@ class Run:
     """Rank by site name; empty for adapters without ranks."""
     items: list[Item] = field(default_factory=list)
     """In the order of the test rows, the same for all arms of a seed."""
+    deployed: int | None = None
+    """Those of the trained parameters that are left after an allocation has closed ranks."""
+
+    @property
+    def parameters(self) -> int | None:
+        """What the run has spent of its budget."""
+        return self.trainable if self.deployed is None else self.deployed
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,14 @@ class Arm:
     """The adapter in a few words: "dora r=8", "PEFT ADALORA"."""
     learning_rate: float
     trainable: int
-    """As planned, before any run."""
+    """As planned, before any run: what is left at the end of training."""
     within_budget: bool
     """False where the method cannot spend the budget to within 2 %."""
     runs: list[Run]
     trials: list[Trial] = field(default_factory=list)
     """Empty where the learning rate was given."""
+    candidates: int | None = None
+    """Parameters trained at some time, where an allocation leaves less at the end."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def against_parameters(scene: Scene) -> Plot | None:
         "Accuracy and parameters",
         "trainable parameters",
         ".3~s",
-        lambda run: run.trainable,
+        lambda run: run.parameters,
     )
 
 

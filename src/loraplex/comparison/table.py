@@ -158,12 +158,13 @@ def _p_value(row: Row) -> Cell:
 def _parameters(row: Row) -> Cell:
     if row.arm is None:
         return Cell()
-    value = row.mean(lambda run: run.trainable)
+    value = row.mean(lambda run: run.parameters)
     if value is None:
         value = float(row.arm.trainable)
-    below = None
+    below = f"of {row.arm.candidates:,} in candidates" if row.arm.candidates is not None else None
     if not row.arm.within_budget:
-        below = f"{100 * value / row.budget:.3g} % of budget" if row.budget else "outside the budget"
+        off = f"{100 * value / row.budget:.3g} % of budget" if row.budget else "outside the budget"
+        below = off if below is None else f"{off}, {below}"
     return Cell(f"{value:,.0f}", value, below, None if row.arm.within_budget else "outside")
 
 

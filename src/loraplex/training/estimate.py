@@ -28,7 +28,7 @@ from loraplex.training.preparation import Rows, adapter_config, random_base
 from loraplex.training.probe import BlockCost, measure_block
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.drive import budget_of
+from loraplex.tuner.counting import count_parameters
 from loraplex.tuner.layer import AdapterLayer, SiteLayer
 from loraplex.tuner.packing import unsupported
 
@@ -119,7 +119,9 @@ class Estimate:
     trainable: int
     """With an allocation that moves ranks, of all candidates."""
     kept: int | None
-    """Parameters that the allocation's budget pays for at most; None where no rank moves."""
+    """Parameters that the allocation leaves, where all sites are chosen alike; None where no rank moves."""
+    kept_at_most: int | None
+    """The same where the dearest sites are chosen: equal for a budget of parameters."""
     budget: str | None
     """That budget in its own unit."""
     total: int
@@ -146,16 +148,17 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows], padded)
     names = list(dict.fromkeys(layer.site.rpartition(".")[2] for layer in _layers(model, SiteLayer)))
     block = measure_block(recipe, config, dtype, names, batches.largest)
-    trainable, total = model.get_nb_trainable_parameters()
-    bounded = budget_of(model)
+    counted = count_parameters(model)
+    budget = counted.budget
     learned = _learned(rows.train)
     return Estimate(
         kinds=kinds,
         ranks={layer.site: _rank(layer) for layer in _layers(model, AdapterLayer)},
-        trainable=trainable,
-        kept=None if bounded is None else bounded[1],
-        budget=None if bounded is None else str(bounded[0]),
-        total=total,
+        trainable=counted.trainable,
+        kept=None if budget is None else counted.kept,
+        kept_at_most=None if budget is None else counted.most,
+        budget=None if budget is None else str(budget),
+        total=counted.total,
         batches=batches,
         memory=_memory(recipe, model, config, batches, block),
         seconds=_seconds(recipe, model, config, batches, block, learned),

@@ -86,7 +86,8 @@ def resolve(recipe: Recipe) -> Recipe:
 def settle(recipe: Recipe) -> tuple[Recipe, list[Settled]]:
     """Return the recipe with the adapter options decided that are left to the training rows, and how that went.
 
-    The rows are read only where an option is open; those held out for validation have no part in it.
+    The rows are read only where an option is open; those held out for validation have no part in it. A plan that the
+    recipe gives as a file is read once and stands in the recipe from then on.
 
     Raises:
         UserError: for data that are missing, broken, or too few to decide by.
@@ -94,6 +95,8 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[Settled]]:
     config = adapter_config(recipe)
     if not isinstance(config, AdapterConfig):
         return recipe, []
+    if config.typed_allocation.given is not None:
+        recipe = replace(recipe, adapter={**recipe.adapter, "allocation": config.allocation})
     adapter, decided = config.typed_adapter, []
     parts = {"factors": adapter.factors, "combine": adapter.combine}
 

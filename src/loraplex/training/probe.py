@@ -6,6 +6,7 @@ batch forward and backward; the difference is one block. So the figures follow w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from loraplex.cache import nothing_kept
-from loraplex.training.preparation import add_adapter, random_base
+from loraplex.training.preparation import adapter_config, add_adapter, random_base
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.labeled import IGNORED
 
@@ -56,6 +57,11 @@ def measure_block(
 ) -> BlockCost:
     """Return the cost of one block with adapters on its modules `kinds`, for a batch of rows of these lengths."""
     section = {key: value for key, value in recipe.adapter.items() if key not in WHOLE_MODEL_KEYS}
+    planned = adapter_config(recipe).typed_allocation.given  # type: ignore[attr-defined]
+    if planned is not None:
+        # its sites are those of the whole model; here a block has all kinds, at their mean rank
+        section = {key: value for key, value in section.items() if key != "allocation"}
+        section["r"] = math.ceil(sum(planned.ranks.values()) / len(planned.adapted))
     recipe = replace(recipe, adapter={**section, "target_modules": kinds})
     seconds, kept = [], []
     for blocks in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ def train(
     if settled:
         write_json(run.folder.settled, [choice.evidence for choice in settled])
     parameters = _parameters(model)
-    say("adapter", _parameters_line(parameters))
+    say("adapter", _parameters_line(model, parameters))
     before = _measure_before(run, model, tokenizer, rows)
     # An objective is gone after training, so is what its steps cost.
     operations = flops_per_token(trainer) if count_flops and _has_objective(model) else None
@@ -114,6 +115,7 @@ def train(
     if count_flops and operations is None:
         operations = flops_per_token(trainer)
     reloaded, reload = _save(run, model, rows, identity)
+    parameters["deployed"] = _deployed(run, model)
     if trained["allocation"]:
         _draw_ranks(run, _plan(model), trained["allocation"])
     after = _measure(run, "after", reloaded, tokenizer, rows)
@@ -342,11 +344,30 @@ def _parameters(model: PeftModel) -> dict[str, Any]:
     return {"sites": sites, "trainable": trainable, **head, "total": total, "share": trainable / total}
 
 
-def _parameters_line(parameters: dict[str, Any]) -> str:
+def _parameters_line(model: PeftModel, parameters: Mapping[str, Any]) -> str:
+    from loraplex.tuner.counting import count_parameters
+
     head = f" ({parameters['head']:,} of them its head)" if "head" in parameters else ""
-    return "{sites} sites, {trainable:,} trainable parameters{of_head}, {share:.2%} of the model".format(
+    line = "{sites} sites, {trainable:,} trainable parameters{of_head}, {share:.2%} of the model".format(
         **parameters, of_head=head
     )
+    counted = count_parameters(model)
+    return line if counted.budget is None else f"{line}; {counted}"
+
+
+def _deployed(run: _Run, model: PeftModel) -> int:
+    """Return how many of the trained parameters are left after an allocation, ours or PEFT's: closed ranks are not."""
+    from safetensors import safe_open
+
+    from loraplex.training.stock import allocates
+    from loraplex.tuner.counting import count_parameters
+
+    if not allocates(model):
+        return count_parameters(model).open
+    # PEFT's live modules keep the ranks that it masks, its file does not
+    with safe_open(run.folder.adapter / "adapter_model.safetensors", "pt") as file:
+        names = file.keys()
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def _row_counts(rows: Rows) -> dict[str, int]:

@@ -60,4 +60,6 @@ class Allocating(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let the adapter look at the gradients, which are still there."""
-        kwargs["model"].base_model.update_and_allocate(state.global_step)
+        # the number of the step that has just been made: with 0 for the first, the step that fixes the final ranks
+        # (total_step where tfinal is 0) would never come, and the last ranks would be those of an earlier budget
+        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)

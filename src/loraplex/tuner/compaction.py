@@ -15,7 +15,7 @@ from torch import Tensor
 from loraplex.adapters.registry import REGISTRY, Deployed, describe_member
 from loraplex.allocation.sites import is_edge
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.peft_lora import namesakes
+from loraplex.tuner.matching import namesakes
 
 GATE = "factors.gate"
 """Name of the rank gate inside an adapter."""
@@ -50,7 +50,7 @@ def finished_config(config: AdapterConfig) -> AdapterConfig:
     written.exclude_modules = namesakes(linear, config.other_modules) or None
     written.layers_to_transform = written.layers_pattern = None
     written.rank_pattern = {pattern: kept[site] for pattern, site in exact.items()}
-    written.alpha_pattern = {pattern: _alpha(config, site, kept[site]) for pattern, site in exact.items()}
+    written.alpha_pattern = {pattern: config.alpha_at(site, kept[site]) for pattern, site in exact.items()}
     return written
 
 
@@ -77,16 +77,6 @@ def _linear(config: AdapterConfig) -> list[str]:
     every = [site for site in config.finished_ranks if not is_edge(site)]
     # PEFT makes no adapter without a target
     return [site for site in every if config.finished_ranks[site]] or every[:1]
-
-
-def _alpha(config: AdapterConfig, site: str, rank: int) -> float:
-    """Return the alpha that gives `rank` ranks the scale that the site was trained with."""
-    own = config.rank_of(site)
-    if rank == own:
-        return config.alpha_of(site)
-    scale = AdapterConfig().typed_adapter.factors.scale if is_edge(site) else config.typed_adapter.factors.scale
-    found: float = config.alpha_of(site) * scale(1, own) / scale(1, rank)
-    return found
 
 
 def _open(named: dict[str, Tensor]) -> dict[str, Tensor]:

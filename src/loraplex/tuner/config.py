@@ -178,6 +178,16 @@ class AdapterConfig(PeftConfig):
         default = self.alpha if edges is None else edges.alpha
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), site), default)
 
+    def alpha_at(self, site: str, rank: int) -> float:
+        """Return the alpha that gives `rank` ranks the scale that the site has at its configured rank."""
+        own = self.rank_of(site)
+        if rank == own:
+            return self.alpha_of(site)
+        # a shortcut is a pair of LoRA whatever the adapter is
+        adapter = AdapterConfig().typed_adapter if is_edge(site) else self.typed_adapter
+        found: float = self.alpha_of(site) * adapter.factors.scale(1, own) / adapter.factors.scale(1, rank)
+        return found
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json: PEFT's own LoRA config where the adapter is exactly that, ours otherwise."""
         if self.modules_to_save:

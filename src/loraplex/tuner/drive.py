@@ -7,17 +7,18 @@ calls `drive_allocation` and `Drive.step`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraplex.allocation.budget import Budget, most_parameters
+from loraplex.allocation.budget import Budget
 from loraplex.allocation.contracts import Batch, Candidate, Gates, Revision, Scene
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.sites import Site
 from loraplex.errors import UserError
+from loraplex.tuner import label_loss
 from loraplex.tuner.closed_ranks import driven
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLayer, SiteLayer
@@ -106,14 +107,17 @@ class Drive:
         if driven.get(self.tuner, {}).pop(self.adapter_name, None) is not None:
             self.tuner.finish(self.adapter_name)
 
-    def _revise_if_due(self) -> None:
-        if self.done not in self._due:
-            return
+    def scene(self) -> Scene:
+        """Return what a revision looks at now.
+
+        Raises:
+            UserError: when there is no batch to look at.
+        """
         batches = [_on(batch, self.tuner.model) for batch in self._batches(self.allocator.batches)]
         if not batches:
             raise UserError("the allocation has no batch to look at: the training set is empty")
         assert self.config.seed is not None
-        scene = Scene(
+        return Scene(
             candidates=self.candidates,
             budget=self.budget,
             batches=batches,
@@ -121,8 +125,15 @@ class Drive:
             step=self.done,
             seed=self.config.seed,
             say=self._say,
+            quick=lambda batch: label_loss.mean_loss(self.tuner.model, batch, self.config.padding_free),
         )
-        revision = self.allocator.revise(scene)
+
+    def _revise_if_due(self) -> None:
+        if self.done not in self._due:
+            return
+        revision = self.allocator.revise(self.scene())
+        # all processes have the same scores; should one round otherwise, the first decides
+        revision = replace(revision, gates=_of_the_first_process(self.candidates, revision.gates))
         spent = self.budget.spent(self.candidates, revision.plan.ranks)
         if spent > self.budget.amount:
             raise AssertionError(f"{self.config.allocation} spends {spent} of {self.budget}")
@@ -139,25 +150,7 @@ class Drive:
 
     def _set(self, gates: Gates) -> None:
         for candidate in self.candidates:
-            gate = gates[candidate.name].to(candidate.gate)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # all processes have the same scores; should one round otherwise, the first decides
-                torch.distributed.broadcast(gate, src=0)
-            candidate.gate.copy_(gate)
-
-
-def budget_of(model: nn.Module, adapter_name: str = "default") -> tuple[Budget, int] | None:
-    """Return the budget of a model's adapter and how many parameters it pays for at most, None where no rank moves."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, LoraplexTuner):
-        return None
-    config = tuner.peft_config[adapter_name]
-    assert isinstance(config, AdapterConfig)
-    if not config.typed_allocation.moves_ranks:
-        return None
-    candidates = candidates_of(tuner, adapter_name)
-    _, budget = config.typed_allocation.start(candidates, config.rank_of)
-    return budget, most_parameters(candidates, budget)
+            candidate.gate.copy_(gates[candidate.name])
 
 
 def drive_allocation(
@@ -199,6 +192,16 @@ def drive_allocation(
 def candidates_of(tuner: LoraplexTuner, adapter_name: str) -> list[Candidate]:
     """Return what an allocation of the adapter chooses among: its linear sites, then its shortcuts."""
     return [_candidate(layer, adapter_name) for layer in tuner.adapter_layers(adapter_name)]
+
+
+def _of_the_first_process(candidates: Sequence[Candidate], gates: Gates) -> Gates:
+    """Return the gates that the first process of a distributed run has."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return gates
+    agreed = {candidate.name: gates[candidate.name].to(candidate.gate) for candidate in candidates}
+    for gate in agreed.values():
+        torch.distributed.broadcast(gate, src=0)
+    return agreed
 
 
 def _candidate(layer: AdapterLayer, adapter_name: str) -> Candidate:

@@ -7,6 +7,7 @@ loop, evaluation, a trainer that wants logits) get the base model's own forward.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from loraplex.tuner.labeled import Head, frozen_head, labeled
+from loraplex.tuner.labeled import IGNORED, Head, frozen_head, labeled
 
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"} | {
     "use_cache",
@@ -54,6 +55,18 @@ def answer(
     batch = labeled(model, (), inputs, labels, padding_free)
     log_probs, _, _ = Head(linear).log_probs(batch.hidden(model.base_model), batch.targets)
     return CausalLMOutputWithPast(loss=-log_probs.sum() / kwargs["num_items_in_batch"])
+
+
+def mean_loss(model: nn.Module, batch: Mapping[str, Any], padding_free: bool | str) -> Tensor:
+    """Return the mean loss over a batch's targets, as `answer` computes it where it can, else as the model does."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and "num_items_in_batch" not in batch:
+        items = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        output = answer(model, (), {**batch, "num_items_in_batch": items}, padding_free)
+        if output is not None and output.loss is not None:
+            return output.loss
+    loss: Tensor = model(**batch).loss
+    return loss
 
 
 def _is_plain(model: PreTrainedModel, head: nn.Linear, ids: Tensor) -> bool:

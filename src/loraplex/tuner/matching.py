@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from copy import copy
 from typing import Any
 
@@ -149,6 +149,12 @@ def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
 def module_names(model: nn.Module) -> list[str]:
     """Return the names of the base model's own modules."""
     return [name for name, _ in _own_modules(model)]
+
+
+def namesakes(sites: Collection[str], others: Iterable[str]) -> list[str]:
+    """Return the modules that PEFT would take for one of the `sites`: it matches names as suffixes."""
+    endings = tuple(f".{site}" for site in sites)
+    return sorted(name for name in others if name not in sites and name.endswith(endings))
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

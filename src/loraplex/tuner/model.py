@@ -32,6 +32,7 @@ from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, AdapterLayer, SiteLayer, features
 from loraplex.tuner.matching import find_sites, module_names, resolved_targets
 from loraplex.tuner.mixed_batches import adapter_per_row
+from loraplex.tuner.planned import follow_plan
 from loraplex.tuner.shared import SHARED, SharedTensors
 from loraplex.tuner.shortcuts import ShortcutLayer, close_streams, shortcut_layers
 from loraplex.tuner.undo import all_or_nothing
@@ -71,6 +72,7 @@ class LoraplexTuner(BaseTuner):
             self.loraplex_shared = SharedTensors()
         refuse_name(model, adapter_name)
         # before anything is changed: every target and pattern must match, every rank must fit
+        follow_plan(model, config)
         find_sites(model, config)
         config.target_modules = resolved_targets(model, config)
         if config.seed is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ from peft import LoraConfig
 from loraplex.adapters.registry import REGISTRY, Adapter, Axis, Deployed
 from loraplex.errors import UserError
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.matching import namesakes
 
 _SAME = (
     "task_type",
@@ -67,12 +67,6 @@ def to_lora_config(config: AdapterConfig) -> LoraConfig:
             use_rslora=False,
         )
     return LoraConfig(**values)
-
-
-def namesakes(sites: Collection[str], others: Iterable[str]) -> list[str]:
-    """Return the modules that PEFT would take for a site: it matches names as suffixes."""
-    endings = tuple(f".{site}" for site in sites)
-    return sorted(name for name in others if name not in sites and name.endswith(endings))
 
 
 def from_lora_config(lora: LoraConfig) -> AdapterConfig:

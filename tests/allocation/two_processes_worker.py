@@ -1,0 +1,114 @@
+"""One of two processes: they decide alike, and as one process does that looks at the batches of both."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import get_peft_model
+from tests.allocation.scenes import adapted
+from tests.tuner.tiny_models import config, llama
+from tests.tuner.trainer_arguments import arguments
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+from loraplex import ALoRA, Hetero, drive_allocation
+from loraplex.tuner.allocation_callback import decisions
+
+EVERY = {"batches": 2, "every": 2, "share": 0.5}
+CASES = {
+    "static": Hetero(batches=2, share=0.5),
+    "dynamic": Hetero(**EVERY),
+    "fisher": Hetero(**EVERY, proxy="fisher"),
+    "snip": Hetero(**EVERY, proxy="snip", scoring_init="random"),
+    "alora": ALoRA(rounds=2, first=2, then=2, in_steps=True, pruned=3),
+}
+STEPS = 5
+
+
+def rows(count=3):
+    """Batches of four rows; the two halves of each differ and have as many targets."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(4, 60, (4, 7), generator=generator)
+        made.append({"input_ids": ids, "labels": ids.clone()})
+    return made
+
+
+def driven(allocation, batches, parallel=False, seed=0):
+    """Return the decisions of a short training, and the gates that it ends with."""
+    model = adapted(identity=True, allocation=allocation, r=4, seed=seed)
+    called = model
+    if parallel:
+        called = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
+    drive = drive_allocation(model, batches, total_steps=STEPS)
+    for index in range(STEPS):
+        made.zero_grad()
+        called(**batches[index % len(batches)]).loss.backward()
+        made.step()
+        drive.step()
+    gates = {layer.site: layer.adapter("default").factors.gate.tolist() for layer in model.base_model.site_layers()}
+    return [(decision.step, dict(decision.plan.ranks)) for decision in drive.decisions], gates
+
+
+def under_a_trainer(folder):
+    """The same under an unmodified Trainer, which gives each process rows of its own."""
+    model = get_peft_model(llama(), config(allocation=Hetero(batches=2, every=2)))
+    data = Dataset.from_list(
+        [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(16)]
+    )
+    given = arguments(Path(folder), max_steps=5, per_device_train_batch_size=2, ddp_backend="gloo")
+    trainer = Trainer(model, TrainingArguments(**given), train_dataset=data)
+    trainer.train()
+    gates = {layer.site: layer.adapter("default").factors.gate.tolist() for layer in model.base_model.site_layers()}
+    return [(entry["step"], entry["ranks"]) for entry in decisions(trainer.state.log_history)], gates
+
+
+def both(value):
+    found = [None, None]
+    dist.all_gather_object(found, json.dumps(value, sort_keys=True))
+    return found
+
+
+def main(folder):
+    whole = rows()
+    # before there is a second process to speak to
+    alone = {name: driven(allocation, whole) for name, allocation in CASES.items()}
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    half = [{key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()} for batch in whole]
+    for name, allocation in CASES.items():
+        first = driven(allocation, half, parallel=True)
+        mine, theirs = both(first)
+        assert mine == theirs, name
+        assert first == alone[name], (name, first[0], alone[name][0])
+        assert len(first[0]) == (1 if name == "static" else 2 if name == "alora" else 3), name
+        if name in ("static", "dynamic", "alora"):
+            assert first == driven(allocation, half, parallel=True), name
+    # seeds that differ, and chance that decides: the first process does
+    found, _ = driven(Hetero(proxy="constant", batches=1, every=2), half, parallel=True, seed=rank)
+    mine, theirs = both(found)
+    assert mine == theirs
+    mine, theirs = both(under_a_trainer(folder))
+    assert mine == theirs
+    assert [step for step, _ in json.loads(mine)[0]] == [0, 2, 4]
+    if rank == 0:
+        sys.stdout.write("equal\n")
+    sys.stdout.flush()
+    dist.barrier()
+    # whoever ends first must not take the other's connection away
+    time.sleep(1)
+    # on a busy machine gloo's threads do not always come to an end
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
