@@ -71,7 +71,7 @@ def test_a_plan_says_which_shortcuts_there_are(tmp_path: Path) -> None:
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), str(tmp_path)).eval()), expected)
     with pytest.raises(UserError, match="no linear layer a rank above 0"):
         adapted({other: 2})
-    with pytest.raises(UserError, match="layers.7.residual_mlp"):
+    with pytest.raises(UserError, match=r"layers\.7\.residual_mlp"):
         adapted({**ADAPTED, "model.layers.7.residual_mlp": 2})
 
 
