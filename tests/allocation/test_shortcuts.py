@@ -22,7 +22,8 @@ from loraplex.allocation.contracts import Candidate, Scene
 from loraplex.allocation.proxies import Scoring, score
 from loraplex.allocation.sites import EDGES, Site, is_edge
 from loraplex.tuner.allocation_callback import decisions
-from loraplex.tuner.drive import budget_of, candidates_of
+from loraplex.tuner.counting import count_parameters
+from loraplex.tuner.drive import candidates_of
 
 SHORTCUTS = {"name": "uniform", "shortcuts": True, "shortcut_r": 2}
 STATIC = Hetero(batches=2, shortcuts=True, shortcut_r=2)
@@ -201,9 +202,9 @@ def test_parameters_and_budget_count_shortcuts_once() -> None:
     model, plain = made(STATIC), made(Hetero(batches=2))
     trainable = [m.get_nb_trainable_parameters()[0] for m in (model, plain)]
     assert trainable[0] - trainable[1] == 7 * 2 * 2 * 32
-    budget, most = budget_of(model)
-    assert str(budget) == "5 modules"
-    assert most == sum(sorted((4 * (i + o) for i, o in _shapes(model)), reverse=True)[:5])
+    counted = count_parameters(model)
+    assert str(counted.budget) == "5 modules"
+    assert counted.most == sum(sorted((4 * (i + o) for i, o in _shapes(model)), reverse=True)[:5])
 
 
 def _shapes(model: PeftModel) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import pytest
 from loraplex.comparison.recipe import read_comparison
 from loraplex.training.estimate import build_without_weights, model_config
 from loraplex.training.preparation import adapter_config, head_size
-from loraplex.tuner.drive import budget_of
+from loraplex.tuner.counting import count_parameters
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 PARAMETERS, RANKS, HEAD = 82_944, 72, 770
@@ -20,10 +20,10 @@ def test_the_arms_have_one_final_budget(path: Path) -> None:
     for name, arm in arms.items():
         model = build_without_weights(arm, config, dtype)
         assert head_size(model) == HEAD
-        bounded = budget_of(model)
+        budget = count_parameters(model).budget
         if arm.peft:
             assert adapter_config(arm).target_r * 36 == RANKS
-        elif bounded is None:
+        elif budget is None:
             assert model.get_nb_trainable_parameters()[0] == PARAMETERS + HEAD, name
         else:
-            assert bounded[0].amount == (RANKS if bounded[0].unit == "ranks" else PARAMETERS), name
+            assert budget.amount == (RANKS if budget.unit == "ranks" else PARAMETERS), name
