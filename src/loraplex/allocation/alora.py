@@ -21,8 +21,9 @@ from torch import Tensor
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method
 from loraplex.allocation.budget import Budget
 from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
-from loraplex.allocation.proxies import evaluating, mean_over_processes
+from loraplex.allocation.proxies import mean_over_processes
 from loraplex.errors import UserError
+from loraplex.models.modes import evaluation_mode
 
 Scores = Mapping[tuple[str, int], float]
 """IS by (group, rank): the group is a site, or a kind of module whose sites share their ranks."""
@@ -175,7 +176,7 @@ def _importance(scene: Scene, groups: Mapping[str, list[Candidate]]) -> dict[tup
             candidate.gate.copy_(kept[candidate.name])
 
     try:
-        with evaluating(scene.model):
+        with evaluation_mode(scene.model):
             whole, found = fidelity(), {}
             for group, rank in open_ranks:
                 for candidate in groups[group]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from loraplex.adapters.contracts import uniform
 from loraplex.allocation.contracts import Batch, Candidate, Scene
 from loraplex.errors import UserError
+from loraplex.models.modes import evaluation_mode
 
 Scores = dict[str, float]
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
@@ -290,7 +291,7 @@ def _set_aside(scene: Scene) -> Iterator[None]:
             parameter.grad = None
         # recomputing activations is for training only, so it stays in training mode where it is on
         quiet = not getattr(scene.model, "is_gradient_checkpointing", False)
-        mode = evaluating(scene.model) if quiet else contextlib.nullcontext()
+        mode = evaluation_mode(scene.model) if quiet else contextlib.nullcontext()
         with mode, torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(scene.seed % 2**63)
             yield
@@ -301,18 +302,6 @@ def _set_aside(scene: Scene) -> Iterator[None]:
             parameter.grad = gradient
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and every module back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from loraplex.models.modes import evaluation_mode
+
 
 def length_batches(lengths: Sequence[int], batch_size: int, most_tokens: int | None = None) -> Iterator[list[int]]:
     """Yield the indices of all items in batches, longest first, so that memory runs out at once or not at all.
@@ -31,12 +33,6 @@ def length_batches(lengths: Sequence[int], batch_size: int, most_tokens: int | N
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` into evaluation mode without gradients inside the block; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference_mode: what a model keeps from one forward to the next has to serve training again.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    # Not inference_mode: what a model keeps from one forward to the next has to serve training again.
+    with evaluation_mode(model), torch.no_grad():
+        yield

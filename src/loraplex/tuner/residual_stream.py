@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.allocation.proxies import evaluating
 from loraplex.errors import UserError
+from loraplex.models.modes import evaluation_mode
 
 TOKENS = (0, 1, 2)
 """Every vocabulary has them."""
@@ -42,7 +42,7 @@ def find_places(model: nn.Module, blocks: nn.ModuleList) -> list[Places]:
     records = [_Record() for _ in blocks]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
+        stack.enter_context(evaluation_mode(model))
         for block, record in zip(blocks, records, strict=True):
             stack.enter_context(record.watching(block))
         stack.callback(blocks[-1].register_forward_hook(_stop).remove)
