@@ -6,7 +6,6 @@ uniform allocation, every target and edge by its full name, and ranks and scales
 
 from __future__ import annotations
 
-import re
 from copy import copy
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from loraplex.adapters.registry import REGISTRY, Deployed, describe_member
 from loraplex.allocation.sites import is_edge
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.matching import namesakes
+from loraplex.tuner.planned import adapt_exactly
 
 GATE = "factors.gate"
 """Name of the rank gate inside an adapter."""
@@ -43,14 +42,12 @@ def finished_config(config: AdapterConfig) -> AdapterConfig:
     linear = _linear(config)
     kept = {site: config.finished_ranks[site] or config.rank_of(site) for site in linear}
     kept |= {site: config.finished_ranks[site] for site in edges}
-    exact = {f"^{re.escape(site)}": site for site in kept}
+    adapt_exactly(written, kept, config.other_modules)
+    # a file has names in one order
+    written.target_modules = sorted(written.target_modules or ())
+    written.exclude_modules = sorted(written.exclude_modules or ()) or None
     uniform = AdapterConfig().typed_allocation
     written.allocation = describe_member(replace(uniform, shortcuts=edges))  # type: ignore[type-var]
-    written.target_modules = sorted(linear)
-    written.exclude_modules = namesakes(linear, config.other_modules) or None
-    written.layers_to_transform = written.layers_pattern = None
-    written.rank_pattern = {pattern: kept[site] for pattern, site in exact.items()}
-    written.alpha_pattern = {pattern: config.alpha_at(site, kept[site]) for pattern, site in exact.items()}
     return written
 
 

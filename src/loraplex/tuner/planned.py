@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import Any, cast
 
@@ -41,13 +42,21 @@ def follow_plan(model: nn.Module, config: AdapterConfig) -> None:
                 f"this model.{nearest(name, sites)}"
             )
     ranks = {name: plan.ranks[name] for name in sites if plan.ranks.get(name)}
-    linear = [name for name in ranks if not is_edge(name)]
-    if not linear:
+    if all(map(is_edge, ranks)):
         raise UserError("the plan gives no linear layer a rank above 0, and PEFT makes no adapter without one")
+    adapt_exactly(config, ranks, module_names(model))
+    config.allocation = describe_member(config.typed_allocation.without_given())
+
+
+def adapt_exactly(config: AdapterConfig, ranks: Mapping[str, int], modules: Iterable[str]) -> None:
+    """Make `config` adapt the sites in `ranks` and no other of `modules`, each with its rank there.
+
+    A site's scale stays what it is at the configured rank.
+    """
     alphas = {name: config.alpha_at(name, rank) for name, rank in ranks.items()}
-    config.layers_to_transform, config.layers_pattern = None, None
+    linear = [name for name in ranks if not is_edge(name)]
+    config.layers_to_transform = config.layers_pattern = None
     config.target_modules = cast(Any, set(linear))
-    config.exclude_modules = cast(Any, set(namesakes(linear, module_names(model)))) or None
+    config.exclude_modules = cast(Any, set(namesakes(linear, modules))) or None
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     config.alpha_pattern = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
-    config.allocation = describe_member(config.typed_allocation.without_given())
