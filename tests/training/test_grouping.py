@@ -8,7 +8,7 @@ from tests.analysis.topics import prompts
 
 from loraplex.errors import UserError
 from loraplex.models.loading import load_tokenizer
-from loraplex.training.grouping import group_sizes, number_of_groups
+from loraplex.training.grouping import find_groups, group_sizes
 from loraplex.training.preparation import read_rows, training_examples
 from loraplex.training.reading import recipe_from_mapping
 from loraplex.training.recipe import Recipe
@@ -45,8 +45,10 @@ def test_the_groups_divide_all_rows_by_topic(tmp_path: Path, tiny_model: Path) -
         everything = [*rows, *held_out, *test]
         assert len({next(topics[text] for text in topics if text in row.asked) for row in everything}) == 1
         assert len(rows) > 30
-    assert group_sizes(train, 3, seed=0) == [len(rows) for rows, _ in kept]
-    assert number_of_groups(train, seed=0)[0] == 3
+    assert group_sizes(find_groups(train, 3, seed=0), train) == [len(rows) for rows, _ in kept]
+    suggested = find_groups(train, None, seed=0)
+    assert suggested.number == 3
+    assert group_sizes(suggested, train) == [len(rows) for rows, _ in kept]
 
 
 @pytest.mark.parametrize("text", ["4/3", "0/3", "1", "1/1", "a/3", "2 of 3"])

@@ -184,15 +184,15 @@ def _settled(sweep: _Sweep) -> ComparisonRecipe:
 
 
 def _group_sizes(sweep: _Sweep, name: str, number: int | str) -> list[int]:
-    from loraplex.training.grouping import group_sizes, number_of_groups
+    from loraplex.training.grouping import find_groups, group_sizes
     from loraplex.training.preparation import training_examples
 
     arm = sweep.recipe.arms[name]
     rows = training_examples(arm)[0]
-    if isinstance(number, str):
-        number, reason = number_of_groups(rows, arm.data.seed)
-        sweep.say("settled", f"{name}: one_per_group: {number}; {reason}")
-    sizes = group_sizes(rows, number, arm.data.seed)
+    found = find_groups(rows, number if isinstance(number, int) else None, arm.data.seed)
+    if number == "auto":
+        sweep.say("settled", f"{name}: one_per_group: {found.number}; {found.reason}")
+    sizes = group_sizes(found, rows)
     sweep.say("groups", f"{name}: {' + '.join(str(size) for size in sizes)} rows")
     return sizes
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loraplex.data import DataOptions, Example
 from loraplex.errors import UserError
+
+if TYPE_CHECKING:
+    from loraplex.analysis.clustering import Grouping
 
 
 def of_one_group(
@@ -18,36 +22,39 @@ def of_one_group(
     """
     assert options.group_and_number is not None
     wanted, number = options.group_and_number
-    kinds = (train, validation, test)
-    labels = _labels(train, kinds, number, options.seed)
-    kept = [
-        [row for row, label in zip(rows, of_rows, strict=True) if label == wanted - 1]
-        for rows, of_rows in zip(kinds, labels, strict=True)
-    ]
-    if not kept[0]:
+    found = find_groups(train, number, options.seed)
+
+    def kept(rows: Sequence[Example]) -> list[Example]:
+        return [row for row, label in zip(rows, _labels(found, rows), strict=True) if label == wanted - 1]
+
+    if not (ours := kept(train)):
         raise UserError(f"data.group {options.group}: no training row is in it, try fewer groups")
-    return kept[0], kept[1], kept[2]
+    return ours, kept(validation), kept(test)
 
 
-def group_sizes(train: Sequence[Example], number: int, seed: int) -> list[int]:
-    """Return how many training rows are in each of `number` groups."""
-    (labels,) = _labels(train, (train,), number, seed)
-    return [labels.count(group) for group in range(number)]
+def find_groups(train: Sequence[Example], number: int | None, seed: int) -> Grouping:
+    """Return the groups of the training rows' prompts, so many or as many as `loraplex heads` suggests.
 
-
-def number_of_groups(train: Sequence[Example], seed: int) -> tuple[int, str]:
-    """Return how many groups `loraplex heads` suggests for the rows, and why."""
+    Raises:
+        UserError: when the training rows have too few different prompts for that many groups.
+    """
     from loraplex.analysis.clustering import group_texts
 
-    found = group_texts([row.asked for row in train], seed=seed)
-    return found.number, found.reason
-
-
-def _labels(train: Sequence[Example], kinds: Sequence[Sequence[Example]], number: int, seed: int) -> list[list[int]]:
-    """Return the group of every row of each kind, counted from 0 for the largest."""
-    from loraplex.analysis.clustering import group_texts
-
-    found = group_texts([row.asked for row in train], least=number, most=number, seed=seed)
+    texts = [row.asked for row in train]
+    if number is None:
+        return group_texts(texts, seed=seed)
+    found = group_texts(texts, least=number, most=number, seed=seed)
     if found.number < number:
         raise UserError(f"the prompts of the training rows fall into {found.number} groups, not into {number}")
-    return [found.group_of([row.asked for row in rows]).tolist() if rows else [] for rows in kinds]
+    return found
+
+
+def group_sizes(found: Grouping, train: Sequence[Example]) -> list[int]:
+    """Return how many of the training rows are in each group."""
+    labels = _labels(found, train)
+    return [labels.count(group) for group in range(found.number)]
+
+
+def _labels(found: Grouping, rows: Sequence[Example]) -> list[int]:
+    """Return the group of every row, counted from 0 for the largest."""
+    return found.group_of([row.asked for row in rows]).tolist() if rows else []
