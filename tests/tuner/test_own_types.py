@@ -1,8 +1,6 @@
 """Adapters of our own type under the trainers: resumed, restored, checkpointed, sharded, and written out at the end."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tests.tuner.tiny_models import adapted, build, config, gradients, logits, same
+from tests.two_processes import run_two
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -119,10 +118,5 @@ def test_gradient_checkpointing_gives_the_same_gradients(adapter, reentrant):
 @pytest.mark.slow
 def test_sharded_by_fsdp2_as_on_one_process(tmp_path):
     """Two processes, every block and the root sharded: the shared tensors are in the root's group."""
-    script = Path(__file__).with_name("fsdp2_worker.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *OWN],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(f"{name} equal" in done.stdout for name in OWN)
+    said = run_two(Path(__file__).with_name("fsdp2_worker.py"), *OWN)
+    assert all(f"{name} equal" in said for name in OWN)
