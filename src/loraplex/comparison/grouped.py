@@ -29,8 +29,8 @@ def parts(recipe: Recipe, sizes: Sequence[int]) -> list[Recipe]:
 def joined(runs: Sequence[Run], order: Sequence[str]) -> Run:
     """Return the runs of the groups as one run over all items, in the order of their ids in `order`, others last.
 
-    Parameters, bytes, steps, seconds and operations are sums, the memory is the largest one's. The losses follow each
-    other, as the adapters were trained.
+    Parameters, bytes, steps, seconds and operations are sums, the memory is the largest one's. The loss is the mean
+    over the adapters when each has done the same part of its steps, weighed by these.
     """
     if unfinished := next((run for run in runs if run.state != "finished"), None):
         command = " && ".join(run.command for run in runs)
@@ -40,7 +40,7 @@ def joined(runs: Sequence[Run], order: Sequence[str]) -> Run:
     items = sorted((item for run in runs for item in run.items), key=lambda item: place.get(item.id, len(place)))
     found = Accuracies.of([item.correct for item in items], [item.task for item in items]) if items else None
     seconds = sum(run.training_seconds or 0 for run in runs)
-    steps = sum(run.steps or 0 for run in runs)
+    steps = sum(map(_steps, runs))
     tokens = sum((run.tokens_per_second or 0) * (run.training_seconds or 0) for run in runs)
     energy = [run.energy_kwh for run in runs if run.energy_kwh is not None]
     return Run(
@@ -50,7 +50,7 @@ def joined(runs: Sequence[Run], order: Sequence[str]) -> Run:
         accuracy=found.overall.value if found else None,
         standard_error=found.overall.standard_error if found else None,
         tasks={task: part.value for task, part in found.per_task.items()} if found and len(found.per_task) > 1 else {},
-        loss=_one_after_another(runs),
+        loss=_at_equal_progress(runs),
         trainable=sum(run.trainable or 0 for run in runs),
         deployed=sum(run.parameters or 0 for run in runs),
         file_bytes=sum(run.file_bytes or 0 for run in runs),
@@ -66,9 +66,22 @@ def joined(runs: Sequence[Run], order: Sequence[str]) -> Run:
     )
 
 
-def _one_after_another(runs: Sequence[Run]) -> list[tuple[int, float]]:
-    losses, done = [], 0
-    for run in runs:
-        losses += [(done + step, loss) for step, loss in run.loss]
-        done += run.steps or 0
-    return losses
+def _at_equal_progress(runs: Sequence[Run]) -> list[tuple[int, float]]:
+    if not all(run.loss for run in runs):
+        return []
+    longest = max(runs, key=_steps)
+    total = sum(map(_steps, runs))
+    curve = []
+    for step, _ in longest.loss:
+        mean = sum(_steps(run) * _loss_at(run, step, _steps(longest)) for run in runs) / total
+        curve.append((round(total * step / _steps(longest)), mean))
+    return curve
+
+
+def _loss_at(run: Run, done: int, of: int) -> float:
+    """Return the first loss that was logged when at least `done` / `of` of the steps were done."""
+    return next((loss for step, loss in run.loss if step * of >= done * _steps(run)), run.loss[-1][1])
+
+
+def _steps(run: Run) -> int:
+    return run.steps or 0
