@@ -31,10 +31,11 @@ STEPS: dict[str, TrainingWork] = {
         _OURS,
         allocation={"name": "hetero", "share": 0.25, "batches": 1, "ranks": "proportional", "unit": "parameters"},
     ),
-    "alora": replace(_OURS, allocation={"name": "alora", "first": 9000, "rounds": 1, "in_steps": True}),
+    "alora": replace(_OURS, allocation={"name": "alora", "first": 9000, "in_steps": True}),
 }
 """`hetero-all` keeps every site: what an allocation costs by itself. `hetero-quarter` has bypassed sites, of
-`hetero-proportional` some ranks of a site are closed, and `alora` carries closed room for twice the rank."""
+`hetero-proportional` some ranks of a site are closed, and `alora` has closed room for a new rank in
+each of its 8 rounds."""
 
 
 def run(part: str, plan: Plan) -> None:

@@ -31,7 +31,7 @@ NAMES = {
     "hetero-all": "HeteroLoRA that keeps every site",
     "hetero-quarter": "HeteroLoRA, a quarter of the sites on",
     "hetero-proportional": "HeteroLoRA, ranks in proportion to a quarter of the budget",
-    "alora": "ALoRA, with room for twice the rank",
+    "alora": "ALoRA, with room for eight more ranks",
 }
 _PEERS = ("peft", "PEFT", "lm-eval", "trl")
 """How the names of other projects' contestants begin."""

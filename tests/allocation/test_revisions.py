@@ -61,3 +61,24 @@ def test_the_budget_holds_over_ten_rounds(by: str, unit: str, adapter: str, prun
             assert all(torch.equal(revision.gates[c.name], revision.gates[members[0].name]) for c in members)
         for candidate in every:
             candidate.gate.copy_(revision.gates[candidate.name])
+
+
+def test_a_site_that_gains_a_rank_in_every_round_has_room_for_it_and_no_more() -> None:
+    """Four sites of 14 win all rounds, one rank each: they end with what was built."""
+    allocator = ALoRA(rounds=5, pruned=4)
+    model = get_peft_model(llama(), config(adapter="lora", r=6, allocation=allocator))
+    every = candidates_of(model.base_model, "default")
+    start, budget = allocator.start(every, lambda site: 6)
+    winners = {candidate.name for candidate in every[:4]}
+    for candidate in every:
+        candidate.gate.copy_(start[candidate.name])
+    for _ in range(allocator.rounds):
+        for candidate in every:
+            trained(candidate)
+        scores = {(c.name, int(k)): float(c.name in winners) for c in every for k in c.gate.nonzero()}
+        revision = allocator.moved(every, budget, scores)
+        assert not revision.remark
+        for candidate in every:
+            candidate.gate.copy_(revision.gates[candidate.name])
+    assert {c.name for c in every if c.gate.all()} == winners
+    assert {c.ranks for c in every} == {11}

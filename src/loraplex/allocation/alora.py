@@ -5,9 +5,10 @@ Adaptation for Fine-tuning Large Language Models, arXiv 2403.16187, sections 3.2
     IS(r) = S(M) − S(M without r) + S(M with r alone),  S = −cross-entropy on one fixed batch.
 A round closes the n_A ranks with the lowest IS; the modules that lost none share n_A new ranks as evenly as possible,
 the remainder going to those with the highest mean IS. A new rank starts with B = 0 and changes nothing; the scale s
-stays that of the initial rank. Where every module has lost a rank nothing is added. New ranks have room up to
-`growth` times the initial rank, which the paper does not bound. The budget is what the initial ranks cost: their
-number, as the paper counts, or their parameters, which ranks that move to wider modules may then not exceed.
+stays that of the initial rank. Where every module has lost a rank nothing is added. Room for new
+ranks, which the paper does not bound, is built at the start: one for each round, as much as a module gets where more
+modules are spared than ranks move, or up to `growth` times the initial rank. The budget is what the initial ranks
+cost: their number, as the paper counts, or their parameters, which ranks that move to wider modules may not exceed.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class ALoRA(Allocator):
     """Read `first` and `then` as optimizer steps."""
     by: str = "site"
     """What a rank is: rank k of one "site", or of all sites of a "kind" at once (112 passes a round, not 3,584)."""
-    growth: float = 2.0
-    """Largest rank of a site as a multiple of the initial one."""
+    growth: float | None = None
+    """Largest rank of a site as a multiple of the initial one; when absent every round has room for one more rank."""
     batches: int = 1
     """Batches that ranks are scored on; the paper takes one of 32 validation rows."""
     unit: str = "ranks"
@@ -66,7 +67,7 @@ class ALoRA(Allocator):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
-        for name, least in (("first", 0), ("then", 0), ("growth", 1)):
+        for name, least in (("first", 0), ("then", 0), *([("growth", 1)] if self.growth is not None else [])):
             value = getattr(self, name)
             if not is_number(value) or not least <= value < float("inf"):
                 raise UserError(f"{name} is {value!r}: give a number of at least {least}")
@@ -76,8 +77,8 @@ class ALoRA(Allocator):
         return f"pruned is {self.pruned} of {budget}, so a round takes the last rank of every site: lower it"
 
     def allocated_rank(self, rank: int) -> int:
-        """Return r·growth, rounded down."""
-        return int(rank * self.growth)
+        """Return r + rounds, or r·growth, rounded down."""
+        return rank + self.rounds if self.growth is None else int(rank * self.growth)
 
     def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
         """Return the steps of the rounds that come before the end of training."""
