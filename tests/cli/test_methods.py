@@ -7,7 +7,9 @@ from itertools import product
 from typing import Any
 
 import pytest
+import yaml
 
+from loraplex import AdapterConfig
 from loraplex.adapters.registry import Adapter, Axis, Capability, Method, illegal
 from loraplex.cli.main import main
 from loraplex.cli.methods import describe
@@ -69,3 +71,27 @@ def test_the_tables_name_every_method(capsys: pytest.CaptureFixture[str]) -> Non
         assert method.summary in printed
     for capability in Capability:
         assert capability.value in printed
+
+
+@pytest.mark.parametrize("name", [*REGISTRY.presets, *dict.fromkeys(name for _, name in REGISTRY.methods)])
+def test_a_page_of_one_method_has_its_options_and_a_recipe_that_is_read(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["methods", name, "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    assert all(option["what"] and option["default"] for option in page["options"])
+    assert main(["methods", name]) == 0
+    printed = capsys.readouterr().out
+    assert page["recipe"] in printed
+    assert all(option["what"].split()[0] in printed for option in page["options"])
+    asked = yaml.safe_load(page["recipe"])["adapter"]
+    config = AdapterConfig(**asked)
+    methods = [*config.typed_adapter.methods]
+    methods += [REGISTRY.of_options(config.typed_allocation), REGISTRY.of_options(config.typed_objective)]
+    assert set(page["parts"]) <= {f"{method.axis.value} {method.name}" for method in methods}
+
+
+def test_a_method_that_is_not_there_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "hetro"]) == 1
+    assert "there is no method 'hetro'" in (refusal := capsys.readouterr().err)
+    assert "Did you mean 'hetero'?" in refusal

@@ -41,7 +41,7 @@ class ALoRA(Allocator):
     pruned: int | None = None
     """n_A: ranks that move in a round; as many as there are kinds of module when absent (the paper's q, k, … count)."""
     first: float = 1.0
-    """K1: epochs before the first round; above 1 it is steps where `in_steps` is set."""
+    """K1: epochs before the first round."""
     then: float = 0.25
     """K2: epochs between rounds."""
     in_steps: bool = False

@@ -1,4 +1,4 @@
-"""`loraplex methods`: the registry and its capability matrix, both read off the records. No method is named here."""
+"""`loraplex methods [NAME]`: the registry and its capability matrix, read off the records. No method is named here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
-def methods(as_json: bool) -> None:
-    """List the methods and what each of them can do.
+def methods(name: str | None, as_json: bool) -> None:
+    """List the methods and what each of them can do; with NAME, explain the options of one.
 
     An adapter is a pair of factors and combine; an allocation and an objective go with it. The matrix shows which of
     them go together and, below it, why the others do not.
     """
-    description = describe()
+    from loraplex.cli import method_page
+
+    description = describe() if name is None else method_page.describe(name)
     if as_json:
         click.echo(json.dumps(description, indent=2, ensure_ascii=False))
         return
@@ -33,7 +36,7 @@ def methods(as_json: bool) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
-    for part in _render(description):
+    for part in _render(description) if name is None else method_page.render(description):
         console.print(part)
 
 

@@ -57,6 +57,16 @@ def adapter_keys() -> list[Key]:
     return [key for key in keys if key.path.removeprefix("adapter.") not in NOT_IN_RECIPES]
 
 
+def option_keys(options: type) -> list[Key]:
+    """Return the fields of a dataclass of options, its own and inherited ones, with their doc lines."""
+    found: dict[str, Key] = {}
+    for cls in options.__mro__:
+        if dataclasses.is_dataclass(cls) and inspect.get_annotations(cls):
+            for key in documented_fields(_source_of(cls), cls.__name__):
+                found.setdefault(key.path, key)
+    return [found[entry.name] for entry in dataclasses.fields(options)]
+
+
 def documented_fields(source: str, class_name: str, section: str = "") -> list[Key]:
     """Return the annotated fields of a class in `source`, each with the docstring below or the comment above it."""
     lines = source.splitlines()
