@@ -129,11 +129,15 @@ def test_packing_computes_no_padding(ragged):
     assert seen == [16, 24]
 
 
+def packed(model, batch):
+    return pack(model, {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"] != -100, "auto")
+
+
 def test_left_padding_is_left_alone_or_refused(ragged):
     flipped = {name: tensor.flip(1) for name, tensor in ragged.items()}
     flipped["labels"][:, 0] = -100
     model = adapted()
-    assert pack(model.get_base_model(), {k: flipped[k] for k in ("input_ids", "attention_mask")}, "auto") is None
+    assert packed(model.get_base_model(), flipped) is None
     model.peft_config["default"].padding_free = True
     with pytest.raises(UserError, match="padding_free is on, but the batch is padded on the left"):
         model(**flipped, fused_lm_head=True)
@@ -143,7 +147,7 @@ def test_flash_attention_stays_and_gets_the_borders(ragged):
     model = adapted().get_base_model()
     # The name alone: its kernels need a GPU, and they are not called here.
     model.config._attn_implementation = "flash_attention_2"
-    batch = pack(model, {k: ragged[k] for k in ("input_ids", "attention_mask")}, "auto")
+    batch = packed(model, ragged)
     assert model.config._attn_implementation == "flash_attention_2"
     assert batch.inputs["cu_seq_lens_q"].tolist() == batch.inputs["cu_seq_lens_k"].tolist() == [0, 8, 13, 16]
     assert batch.inputs["max_length_q"] == batch.inputs["max_length_k"] == 8

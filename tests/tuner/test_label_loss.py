@@ -1,9 +1,12 @@
 """A training step under transformers' own Trainer: the loss and gradients of the full model, without its padding."""
 
+import statistics
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from tests.tuner.tiny_models import VOCABULARY, config, opt
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -27,7 +30,7 @@ def adapted(cohere=False, **fields):
         CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)) if cohere else LlamaForCausalLM(LlamaConfig(**SIZES))
     )
     options = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_weights": False, "seed": 1}
-    return get_peft_model(base, AdapterConfig(**options, **fields)).train()
+    return get_peft_model(base, AdapterConfig(**options | fields)).train()
 
 
 @pytest.fixture
@@ -103,6 +106,50 @@ def test_left_padding_is_refused_where_packing_is_demanded(ragged):
     flipped = {name: tensor.flip(1) for name, tensor in ragged.items()}
     with pytest.raises(UserError, match="padded on the left"):
         adapted(padding_free=True)(**flipped, num_items_in_batch=7)
+
+
+@pytest.mark.parametrize("shortest_last", [False, True])
+def test_labels_on_padding_count_as_the_base_model_counts_them(ragged, shortest_last):
+    """`labels = input_ids.copy()` after padding to a length: a habit of tutorials."""
+    batch = {name: tensor if shortest_last else tensor.flip(0) for name, tensor in ragged.items()}
+    batch["labels"] = batch["input_ids"].clone()
+    model = adapted()
+    mine, found = gradients(model, **batch, num_items_in_batch=9)
+    model.peft_config["default"].padding_free = False
+    theirs, expected = gradients(model, **batch, num_items_in_batch=9)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+    with pytest.raises(UserError, match="stand on padding"):
+        adapted(padding_free=True)(**batch, num_items_in_batch=9)
+
+
+def test_bfloat16_autocast_trains_ragged_batches_no_worse_than_padded_ones(ragged):
+    """RoPE leaves queries and keys in float32, the values come in bfloat16: attention casts, as torch's own does."""
+    errors = {"auto": [], False: []}
+    for model in (adapted(seed=seed) for seed in range(4)):
+        _, exact = gradients(model, **ragged, num_items_in_batch=7)
+        for padding_free, found in errors.items():
+            model.peft_config["default"].padding_free = padding_free
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**ragged, num_items_in_batch=7).loss
+            model.zero_grad()
+            loss.backward()
+            named = dict(model.named_parameters())
+            found += [float((named[name].grad - exact[name]).norm() / exact[name].norm()) for name in exact]
+    ours, stock = (statistics.median(found) for found in errors.values())
+    assert 0 < ours <= 1.2 * stock
+
+
+def test_a_model_that_runs_a_part_of_its_backbone_computes_its_own_loss(ragged):
+    model = get_peft_model(opt(), config("opt")).train()
+    batch = {name: tensor.clamp(max=VOCABULARY - 1) for name, tensor in ragged.items()}
+    losses = []
+    for padding_free in ("auto", False):
+        model.peft_config["default"].padding_free = padding_free
+        torch.manual_seed(0)  # OPT draws dropout in functions, not in modules
+        losses.append(model(**batch, num_items_in_batch=7).loss)
+    assert torch.equal(*losses)
 
 
 def test_an_unmodified_trainer_learns_the_same_with_and_without(tmp_path):

@@ -77,7 +77,8 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear, ids: Tensor) -> bool:
         try:
             with torch.no_grad(), torch.random.fork_rng():
                 logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits
-                mine = head(seen[-1].to(head.weight.dtype))
+                # OPT runs a part of its backbone, not the backbone itself
+                mine = head(seen[-1].to(head.weight.dtype)) if seen else logits.new_empty(0)
         finally:
             hook.remove()
         _plain[model] = mine.shape == logits.shape and torch.allclose(mine.float(), logits.float(), 1e-2, 1e-3)

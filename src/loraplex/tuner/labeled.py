@@ -75,7 +75,7 @@ def labeled(
     Raises:
         UserError: when `padding_free` is True and the batch cannot be packed.
     """
-    packed = None if args else pack(model, dict(inputs), padding_free, always=always)
+    packed = None if args else pack(model, dict(inputs), labels != IGNORED, padding_free, always=always)
     head = model.get_output_embeddings()  # type: ignore[operator]
     targets = labels[:, 1:].to(head.weight.device)
     mask = targets != IGNORED

@@ -48,10 +48,13 @@ def unsupported(model: nn.Module) -> str | None:
     return None
 
 
-def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str, *, always: bool = False) -> Packed | None:
+def pack(
+    model: nn.Module, inputs: dict[str, Any], learned: Tensor, wanted: bool | str, *, always: bool = False
+) -> Packed | None:
     """Return the batch without padding, None where there is none to take out or the batch must stay as it is.
 
-    With `always`, a batch that has no padding is laid out in one row too.
+    With `always`, a batch that has no padding is laid out in one row too. `learned` (batch, T) tells which tokens are
+    labels: a row whose padding is learned stays as it is, with the loss that the base model has there.
     `inputs` are the keyword arguments of the backbone, `wanted` is True, False or 'auto'. A model on SDPA is switched
     to `PACKED_ATTENTION` once, which is SDPA for everything that is not packed; flash attention reads the borders
     itself and stays.
@@ -69,6 +72,8 @@ def pack(model: nn.Module, inputs: dict[str, Any], wanted: bool | str, *, always
     reason = unsupported(model)
     if reason is None and not bool((mask[:, 1:] <= mask[:, :-1]).all()):
         reason = "the batch is padded on the left"
+    if reason is None and bool((learned.to(mask.device) & (mask == 0)).any()):
+        reason = "labels other than -100 stand on padding"
     if reason is not None:
         if wanted is True:
             raise UserError(f"padding_free is on, but {reason}: set it to 'auto' or False")
