@@ -11,7 +11,7 @@ from tests.objectives.echoing import echoing, items, objective_of, options, padd
 from tests.two_processes import end_as_equal
 from torch.nn.parallel import DistributedDataParallel
 
-LENGTHS = ((5, 3), (2, 6), (7, 1), (4, 4))
+LENGTHS = ((5, 3), (2, 2), (4, 6), (3, 1))
 
 
 def step(model, given, total, scale=1.0):

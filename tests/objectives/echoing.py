@@ -8,7 +8,7 @@ from loraplex.tuner.layer import SiteLayer
 
 BLOCKS = 6
 BOUNDARIES = (4, 5, 6)
-LENGTHS = ((5, 3), (2, 6), (7, 1))
+LENGTHS = ((5, 3), (2, 2), (4, 6))
 """Tokens of prompt and answer of every row."""
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.objectives.echoing import BLOCKS, BOUNDARIES, echoing, items, objective_of, options, padded, rows, targets_of
 from tests.reference import echo as oracle
-from tests.tuner.tiny_models import VOCABULARY, config, llama, logits, same
+from tests.tuner.tiny_models import VOCABULARY, config, llama, logits, opt, same
 from tests.tuner.trainer_arguments import arguments as defaults
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -316,10 +316,19 @@ def test_what_the_batch_or_the_model_lacks_is_named():
     everything = {**batch, "labels": batch["input_ids"]}
     refused("no sequence of the batch has a token to pool.*loss_on: completion", lambda: fresh(options())(**everything))
     alone = padded(rows(((4, 3),)))
-    refused("signal is 'another', and the batch has one sequence", lambda: fresh(options(signal="another"))(**alone))
+    refused(
+        "signal is 'another', and the batch has one sequence with an answer",
+        lambda: fresh(options(signal="another"))(**alone),
+    )
     model = fresh(options())
     refused("needs the labels", lambda: model(input_ids=batch["input_ids"]))
     refused("computes no output for return_dict=False", lambda: model(**batch, return_dict=False))
+    refused("computes no output for output_hidden_states", lambda: model(**batch, output_hidden_states=True))
+    embedded = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]), "labels": batch["labels"]}
+    refused("needs input_ids, and this batch has none", lambda: model(**embedded))
+    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **rest: logits.sum()
+    refused("has a loss function of its own, <lambda>", lambda: model(**batch))
+    model = fresh(options())
     model.get_base_model().lm_head.weight.requires_grad_()
     refused("head that is linear and frozen", lambda: model(**batch))
 
@@ -344,6 +353,46 @@ def test_the_end_of_training_ends_the_objective_of_what_was_trained(tokenizer, t
     model.set_adapter("default")
     run("trainer", model, tmp_path, tokenizer, max_steps=1).train()
     assert list(model.base_model.objectives()) == ["other"]
+
+
+def test_a_training_after_the_end_of_the_objective_says_that_it_is_plain(tokenizer, tmp_path):
+    trainer = run("trainer", fresh(options()), tmp_path, tokenizer, max_steps=1)
+    trainer.train()
+    with pytest.warns(UserWarning, match="the objective 'echo' of adapter 'default' ended with the training before"):
+        trainer.train()
+    assert not history(trainer, "echo/gate")
+
+
+def test_the_first_step_leaves_frozen_blocks_in_evaluation():
+    model = fresh(options())
+    block = model.get_base_model().model.layers[2].eval()
+    model(**padded(rows()))
+    assert not block.training
+    assert model.training
+
+
+def test_a_model_that_runs_a_part_of_its_backbone_is_refused():
+    model = echoing(options(targets=[0]), base=opt(), architecture="opt")
+    refused("OPTForCausalLM does not run its OPTModel as a whole", lambda: model(**padded(rows())))
+
+
+def test_two_adapters_train_in_turn_under_checkpointing():
+    """Blocks that run again do so for the adapter whose turn it is, and afterwards nobody holds their function."""
+    found = []
+    for checkpointing in (False, True):
+        model = fresh(options())
+        model.add_adapter("other", fresh(options()).peft_config["default"])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            model(**padded(rows())).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
+    base = model.unload()
+    functions = [vars(module).get("_gradient_checkpointing_func") for module in base.modules()]
+    assert not any(type(function).__name__ == "_Carrying" for function in functions)
 
 
 def test_a_checkpoint_goes_into_no_other_kind_of_model(tmp_path):

@@ -6,7 +6,7 @@ attention interface takes it unpatched. Whatever is not packed (a padded batch, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,14 @@ class KeyMemory:
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._twice = False
         self._visible: Tensor | None = None
         self._stretch: Tensor | None = None
+
+    @property
+    def filled_once(self) -> int:
+        """How many attention modules have put their keys and values in; 0 where one has done so twice."""
+        return 0 if self._twice else len(self._kept)
 
     def look_back(self, visible: Tensor, stretch: Tensor) -> None:
         """Prepare the second pass: the tokens it sees (k,), and where among those the ones are that it computes."""
@@ -42,6 +48,7 @@ class KeyMemory:
     def join(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values (1, heads, tokens, d) that this attention module has to look at."""
         if self._visible is None or self._stretch is None:
+            self._twice = self._twice or id(module) in self._kept
             self._kept[id(module)] = (key, value)
             return key, value
         visible, stretch = self._visible.to(key.device), self._stretch.to(key.device)
@@ -93,7 +100,9 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if masks is None and causal and not dropout and query.device.type == "cpu" and max(lengths) <= LONGEST:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return sequence_attention(query, key, value, lengths, scale), None
+        query, key, value = _under_autocast(query, key, value)
+        with torch.autocast("cpu", enabled=False):
+            return sequence_attention(query, key, value, lengths, scale), None
     # split, not slices: the backward pass of a split is one concatenation, that of every slice a full tensor of zeros
     grouped = query.shape[1] != key.shape[1]
     split = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -104,6 +113,12 @@ def packed_attention(
         for (q, k, v), mask in zip(split, masks or [None] * len(lengths), strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _under_autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """Return the tensors in the dtype that autocast gives attention, unchanged where it is off."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return (t if dtype is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _stretches(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:

@@ -88,7 +88,7 @@ class EchoObjective(Objective):
         for module in model.modules():
             if isinstance(module, SiteAdapter) and isinstance(module.input, Port) and module.input.stage is self.stage:
                 module.input = None
-        stop_carrying(model)
+        stop_carrying(model, self.stage)
 
     def loss(self, batch: Batch) -> Outcome:
         """Return the loss of one pass or of two, as drawn for this step; see the file's head.
@@ -185,12 +185,14 @@ class EchoObjective(Objective):
             return fixed.to(like).expand(batch.sequences, width)
         pooled = pool.stacked(self.boundaries)
         if signal == "another":
-            if batch.sequences < 2:
+            # what has no answer is no sample: padding at the end of a flat batch
+            samples = batch.sequence[batch.answer].unique().to(pooled.device)
+            if len(samples) < 2:
                 raise UserError(
-                    f"{_OWNER} could not act: signal is 'another', and the batch has one sequence; "
+                    f"{_OWNER} could not act: signal is 'another', and the batch has one sequence with an answer; "
                     "train on at least 2 rows at a time, and drop an odd last one (dataloader_drop_last)"
                 )
-            pooled = pooled.roll(1, 1)
+            pooled = pooled.index_copy(1, samples, pooled[:, samples.roll(1)])
         return networks.mixed(pooled)
 
     def _routed(self, batch: Batch) -> Tensor | None:
@@ -267,7 +269,9 @@ def _boundaries(options: Echo, blocks: Blocks) -> tuple[int, ...]:
             return (count,)
         return tuple(first + round(i * (count - first) / (wanted - 1)) for i in range(wanted))
     if options.sources[-1] > count:
-        raise UserError(f"sources names boundary {options.sources[-1]}, but the model has {count} blocks")
+        raise UserError(
+            f"sources names boundary {options.sources[-1]}, but the model has {count} blocks: the last is {count}"
+        )
     return options.sources
 
 

@@ -49,7 +49,8 @@ class EchoOptions:
     probability: float = 0.5
     """Of the second pass."""
     second_pass: Literal["auto", "full"] = "auto"
-    """auto: where there is no dropout and no checkpoint, only from the first injected position on; full: all of it."""
+    """auto: only from the first injected position on, where that is exact: a model on sdpa with full attention in every
+    layer, no dropout, no checkpoint, batches with an attention mask padded on the right; full: all of it."""
     target_dropout: float = 0.1
     """Share of the target sites that get nothing in a step."""
     weight_on: float = 0.5

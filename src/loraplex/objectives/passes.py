@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,16 +129,33 @@ def carry_through_checkpoints(model: nn.Module, stage: Stage) -> None:
     """Let every block that is checkpointed now run again in its own pass.
 
     transformers checkpoints a block's forward, outside of which its hooks are: they do not run again with it.
+
+    Raises:
+        UserError: for reentrant checkpoints in several processes: DDP takes each parameter's gradient once, and two
+            passes would bring it twice.
     """
     for module in model.modules():
         function = module.__dict__.get(_FUNCTION)
-        if function is not None and not isinstance(function, _Carrying):
-            setattr(module, _FUNCTION, _Carrying(function, stage))
+        if isinstance(function, _Carrying) and function.stage is not stage:
+            # of another adapter's objective
+            function = function.function
+        if function is None or isinstance(function, _Carrying):
+            continue
+        if _is_reentrant(function) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise UserError(
+                f"{stage.owner} cannot train under reentrant checkpoints in several processes: set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        setattr(module, _FUNCTION, _Carrying(function, stage))
 
 
-def stop_carrying(model: nn.Module) -> None:
-    """Give the blocks their own checkpoint functions back."""
+def _is_reentrant(function: Callable[..., Any]) -> bool:
+    return bool(getattr(function, "keywords", {}).get("use_reentrant"))
+
+
+def stop_carrying(model: nn.Module, stage: Stage) -> None:
+    """Give the blocks that carry `stage` their own checkpoint functions back."""
     for module in model.modules():
         function = module.__dict__.get(_FUNCTION)
-        if isinstance(function, _Carrying):
+        if isinstance(function, _Carrying) and function.stage is stage:
             setattr(module, _FUNCTION, function.function)

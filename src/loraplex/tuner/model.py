@@ -275,6 +275,8 @@ class LoraplexTuner(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         close_streams(unloaded)
+        for objective in self.objectives().values():
+            objective.detach(unloaded)
         return unloaded
 
     def _refuse_unmergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:

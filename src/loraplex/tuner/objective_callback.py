@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ from loraplex.tuner.objectives import name_of
 
 _REWEIGHTING = ("dft",)
 """Losses of SFTTrainer that are computed out of the model's log-probabilities."""
+_ended: weakref.WeakKeyDictionary[LoraplexTuner, dict[str, str]] = weakref.WeakKeyDictionary()
+"""Objectives that a training has ended, by adapter."""
 
 
 class ObjectiveCallback(TrainerCallback):
@@ -35,6 +39,7 @@ class ObjectiveCallback(TrainerCallback):
                 )
             every_trainer.refuse_data_parallel(args, f"the objective '{name}'")
             objective.total = state.max_steps
+        _say_what_has_ended(kwargs.get("model"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the step."""
@@ -55,7 +60,20 @@ class ObjectiveCallback(TrainerCallback):
         model = kwargs.get("model")
         for tuner in [] if model is None else tuners_in(model):
             for adapter_name in _trained(tuner):
+                _ended.setdefault(tuner, {})[adapter_name] = name_of(tuner, adapter_name)
                 tuner.detach_objective(adapter_name)
+
+
+def _say_what_has_ended(model: Any) -> None:
+    """Warn of a training with the plain loss after one with an objective: more epochs, or a phase of its own."""
+    for tuner in [] if model is None else tuners_in(model):
+        for adapter_name, name in _ended.get(tuner, {}).items():
+            if adapter_name in tuner.active_adapters and adapter_name not in tuner.objectives():
+                warnings.warn(
+                    f"the objective '{name}' of adapter '{adapter_name}' ended with the training before, so this one "
+                    "has the plain loss: to train on with it, resume from a checkpoint (resume_from_checkpoint)",
+                    stacklevel=2,
+                )
 
 
 def _objectives(model: Any) -> Iterator[tuple[str, Objective]]:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Distilled, Weights, distilled_log_probs
 from loraplex.kernels.packed_attention import KeyMemory
+from loraplex.models.modes import evaluation_mode
 from loraplex.objectives.contracts import Again, Batch, Objective
 from loraplex.tuner import fused_head, second_pass
 from loraplex.tuner.labeled import IGNORED, Head, Labeled, frozen_head, labeled
@@ -67,14 +69,24 @@ def answer(
 def _refuse_other_outputs(model: nn.Module, kwargs: dict[str, Any]) -> None:
     config = getattr(model, "config", None)
     routers = kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False)
-    for name, given in (("output_router_logits", routers), ("return_dict=False", kwargs.get("return_dict") is False)):
+    asked = {"output_router_logits": routers, "return_dict=False": kwargs.get("return_dict") is False}
+    asked |= {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+    for name, given in asked.items():
         if given:
             raise UserError(f"an objective computes no output for {name}: leave it out, {_REMEDY}")
+    loss = getattr(model, "loss_function", ForCausalLMLoss)
+    if loss is not ForCausalLMLoss and not fused_head.enabled(kwargs):
+        raise UserError(
+            f"the model has a loss function of its own, {getattr(loss, '__name__', loss)}, which the objective's loss "
+            f"would replace: give it back its own, {_REMEDY}"
+        )
 
 
 def _backbone_and_head(model: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Module, Head]:
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"an objective needs a model of transformers, not a {type(model).__name__}: {_REMEDY[3:]}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"an objective needs a decoder alone, {type(model).__name__} has an encoder: {_REMEDY[3:]}")
     linear = frozen_head(model)
     if linear is None:
         raise UserError(
@@ -90,10 +102,13 @@ def _backbone_and_head(model: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Mod
             )
         head = Head(linear, settings["logit_scale"], settings["final_logit_softcapping"])
         return getattr(model, settings["backbone_attr"]), head
-    return model.base_model, _checked_head(model, linear, kwargs.get("input_ids"))
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise UserError(f"an objective needs input_ids, and this batch has none (inputs_embeds?): give them, {_REMEDY}")
+    return model.base_model, _checked_head(model, linear, ids)
 
 
-def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Any) -> Head:
+def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Tensor) -> Head:
     """Return the head with the scale and cap of the model's config, once its logits have been seen to be the model's.
 
     Raises:
@@ -101,7 +116,7 @@ def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Any) -> Head:
     """
     if model not in _checked or _checked[model].linear is not linear:
         head = Head(linear, *_scale_and_cap(model.config.get_text_config()))
-        if not isinstance(ids, Tensor) or not _is_the_models(model, head, ids):
+        if not _is_the_models(model, head, ids):
             raise UserError(
                 f"the logits of {type(model).__name__} are not those of its head with the scale and cap in its config: "
                 f"train with SFTTrainer, {_REMEDY}"
@@ -125,16 +140,18 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
 def _is_the_models(model: PreTrainedModel, head: Head, ids: Tensor) -> bool:
     seen: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    training = model.training
     try:
         # as it evaluates: nothing of the objective's acts, no dropout draws
-        model.eval()
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits.float()
-            mine = head.linear(seen[-1].to(head.linear.weight)).float() * head.scale
     finally:
         hook.remove()
-        model.train(training)
+    if not seen:
+        raise UserError(
+            f"{type(model).__name__} does not run its {type(model.base_model).__name__} as a whole, so an objective "
+            f"cannot run it twice: {_REMEDY[3:]}"
+        )
+    mine = head.linear(seen[-1].to(head.linear.weight)).float() * head.scale
     if head.softcap is not None:
         mine = torch.tanh(mine / head.softcap) * head.softcap
     return mine.shape == logits.shape and torch.allclose(mine, logits, 1e-2, 1e-3)
@@ -182,8 +199,11 @@ class TrainingBatch(Batch):
         """Run the backbone once and return its last hidden states at `rows`, (n, d); see `Batch`."""
         if not (keep and self.reuse and self.labeled.packed is not None):
             return self.labeled.hidden(self.backbone)
-        self.memory = KeyMemory()
-        return self.labeled.hidden(self.backbone, key_memory=self.memory)
+        memory = KeyMemory()
+        hidden = self.labeled.hidden(self.backbone, key_memory=memory)
+        # a model may keep the memory from its attention, or attend twice in one module
+        self.memory = memory if memory.filled_once == second_pass.layers_of(self.backbone) else None
+        return hidden
 
     def again(self, sequences: Tensor, *, in_full: bool = False) -> Again:
         """Return the second pass; see `Batch`."""

@@ -39,6 +39,11 @@ def can_look_back(model: nn.Module) -> bool:
     )
 
 
+def layers_of(backbone: nn.Module) -> int:
+    """Return how many attention modules look at keys and values in a forward pass: one a layer."""
+    return int(backbone.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
+
+
 def looking_back(
     backbone: nn.Module, inputs: dict[str, Any], memory: KeyMemory, sequence: Tensor, rows: Tensor, chosen: Tensor
 ) -> Again:
