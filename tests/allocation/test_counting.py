@@ -52,8 +52,8 @@ def test_budgets_of_modules_and_ranks_are_worth_what_equal_sites_cost() -> None:
     assert by_module.most > by_module.kept
     moving = count_parameters(adapted(ALoRA()))
     plain = count_parameters(adapted("uniform"))
-    # room for twice as many ranks is trained, what is open is that of the configured rank
-    assert (moving.trainable, moving.kept) == (2 * plain.trainable, plain.trainable)
+    # room for a rank more in each of eight rounds is trained, what is open is that of the configured rank, 4
+    assert (moving.trainable, moving.kept) == (3 * plain.trainable, plain.trainable)
     exact = count_parameters(adapted(ALoRA(unit="parameters")))
     assert exact.kept == exact.most == plain.trainable
 
