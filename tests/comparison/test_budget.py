@@ -57,8 +57,8 @@ def test_stock_lora_gets_the_same_ranks(recipe: Recipe) -> None:
     [
         {"name": "hetero", "share": 0.25, "unit": "parameters", "ranks": "proportional"},
         {"name": "hetero", "share": 0.5, "unit": "modules"},
-        {"name": "alora", "unit": "parameters"},
-        {"name": "alora"},
+        {"name": "alora", "unit": "parameters", "growth": 2},
+        {"name": "alora", "growth": 2},
     ],
 )
 def test_the_budget_of_an_allocation_is_what_it_leaves(recipe: Recipe, allocation: dict[str, Any]) -> None:
