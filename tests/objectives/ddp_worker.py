@@ -5,11 +5,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import pytest
 import torch
 import torch.distributed as dist
 from tests.objectives.echoing import echoing, items, objective_of, options, padded, rows
 from tests.two_processes import end_as_equal
 from torch.nn.parallel import DistributedDataParallel
+
+from loraplex import UserError
 
 LENGTHS = ((5, 3), (2, 2), (4, 6), (3, 1))
 
@@ -46,6 +49,9 @@ def main():
         assert both[0] == both[1]
         assert loss.isfinite()
     assert set(routed) == {0.0, 1.0}
+    half.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UserError, match=r"reentrant checkpoints in several processes: set .*'use_reentrant': False"):
+        step(parallel, given[2 * rank : 2 * rank + 2], items(given))
     end_as_equal()
 
 

@@ -12,7 +12,14 @@ from tests.objectives.echoing import BLOCKS, BOUNDARIES, echoing, items, objecti
 from tests.reference import echo as oracle
 from tests.tuner.tiny_models import VOCABULARY, config, llama, logits, opt, same
 from tests.tuner.trainer_arguments import arguments as defaults
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import loraplex
@@ -374,6 +381,13 @@ def test_the_first_step_leaves_frozen_blocks_in_evaluation():
 def test_a_model_that_runs_a_part_of_its_backbone_is_refused():
     model = echoing(options(targets=[0]), base=opt(), architecture="opt")
     refused("OPTForCausalLM does not run its OPTModel as a whole", lambda: model(**padded(rows())))
+
+
+def test_an_encoder_decoder_is_refused():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": BLOCKS, "num_heads": 4, "dropout_rate": 0.0}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
+    model = echoing(options(), base=base, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    refused("T5ForConditionalGeneration has an encoder", lambda: model(**padded(rows())))
 
 
 def test_two_adapters_train_in_turn_under_checkpointing():

@@ -5,8 +5,8 @@ Adaptation for Fine-tuning Large Language Models, arXiv 2403.16187, sections 3.2
     IS(r) = S(M) − S(M without r) + S(M with r alone),  S = −cross-entropy on one fixed batch.
 A round closes the n_A ranks with the lowest IS; the modules that lost none share n_A new ranks as evenly as possible,
 the remainder going to those with the highest mean IS. A new rank starts with B = 0 and changes nothing; the scale s
-stays that of the initial rank. Where every module has lost a rank nothing is added. Room for new
-ranks, which the paper does not bound, is built at the start: one for each round, as much as a module gets where more
+stays that of the initial rank. Where every module has lost a rank nothing is added. Room for new ranks, which
+the paper does not bound, is built at the start: one for each round, which is what a module gets at most where more
 modules are spared than ranks move, or up to `growth` times the initial rank. The budget is what the initial ranks
 cost: their number, as the paper counts, or their parameters, which ranks that move to wider modules may not exceed.
 """

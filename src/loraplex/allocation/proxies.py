@@ -23,6 +23,7 @@ from loraplex.adapters.contracts import uniform
 from loraplex.allocation.contracts import Batch, Candidate, Scene
 from loraplex.errors import UserError
 from loraplex.models.modes import evaluation_mode
+from loraplex.processes import several_processes
 
 Scores = dict[str, float]
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
@@ -262,7 +263,7 @@ def widest(tensor: Tensor) -> Tensor:
 
 def mean_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace every tensor by its mean over the processes of a distributed run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
             tensor /= torch.distributed.get_world_size()

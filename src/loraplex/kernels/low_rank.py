@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loraplex.kernels.autocast import under_autocast
+
 
 def low_rank_linear(
     x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor
@@ -26,22 +28,6 @@ def low_rank_linear(
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, a, b, s)  # type: ignore[no-untyped-call]
     return y
-
-
-def under_autocast(
-    x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return the tensors of a frozen linear in the dtype that autocast would give them, unchanged where it is off."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
-        return x, dropped, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return (
-        x.to(dtype),
-        None if dropped is None else dropped.to(dtype),
-        weight.to(dtype),
-        (None if bias is None else bias.to(dtype)),
-    )
 
 
 def backward_products(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loraplex.kernels.low_rank import backward_products, under_autocast
+from loraplex.kernels.autocast import under_autocast
+from loraplex.kernels.low_rank import backward_products
 
 _AT_ONCE = 1 << 18
 """Elements of W0 that are held in float32 at the same time: 1 MiB, in memory that stays warm."""

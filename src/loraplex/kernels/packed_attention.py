@@ -6,7 +6,7 @@ attention interface takes it unpatched. Whatever is not packed (a padded batch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,9 +100,7 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if masks is None and causal and not dropout and query.device.type == "cpu" and max(lengths) <= LONGEST:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = _under_autocast(query, key, value)
-        with torch.autocast("cpu", enabled=False):
-            return sequence_attention(query, key, value, lengths, scale), None
+        return sequence_attention(query, key, value, lengths, scale), None
     # split, not slices: the backward pass of a split is one concatenation, that of every slice a full tensor of zeros
     grouped = query.shape[1] != key.shape[1]
     split = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -113,12 +111,6 @@ def packed_attention(
         for (q, k, v), mask in zip(split, masks or [None] * len(lengths), strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
-
-
-def _under_autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """Return the tensors in the dtype that autocast gives attention, unchanged where it is off."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return (t if dtype is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _stretches(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:

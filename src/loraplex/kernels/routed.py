@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loraplex.kernels.low_rank import under_autocast
+from loraplex.kernels.autocast import under_autocast
 
 
 def routed_linear(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraplex.kernels.autocast import autocast_dtype
+
 LONGEST = 1024
 """Longest sequence this is meant for: beyond it a kernel that never holds the (L, L) matrix wins."""
 
@@ -24,9 +26,14 @@ _KEPT = 256
 def sequence_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
     """Return softmax(scale · q kᵀ, causal within each sequence) v as (1, T, heads, d).
 
-    query (1, heads, T, d), key and value (1, key heads, T, d) with heads a multiple of key heads; T = Σ lengths.
+    query (1, heads, T, d), key and value (1, key heads, T, d) with heads a multiple of key heads; T = Σ lengths. Under
+    autocast all three get its dtype: rotated queries and keys come in float32, values as a linear left them.
     """
-    output: Tensor = _SequenceAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+    dtype = autocast_dtype(value)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output: Tensor = _SequenceAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
     return output
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from loraplex.adapters.contracts import Rate, SiteAdapter
+from loraplex.processes import several_processes
 
 if TYPE_CHECKING:
     from loraplex.kernels.distilled_head import Distilled, Weights
@@ -116,7 +117,7 @@ class Objective(nn.Module, ABC):
 
     def agree(self, device: torch.device) -> None:
         """Take over the first process's seed and step, once, where several train: seeds may be drawn in each."""
-        if self._agreed or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if self._agreed or not several_processes():
             return
         state = self.get_extra_state().to(device)
         dist.broadcast(state, 0)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, SiteAdapter, SiteInput
 from loraplex.errors import UserError
+from loraplex.processes import several_processes
 
 _FUNCTION = "_gradient_checkpointing_func"
 """Attribute of a transformers module: the function that runs its forward under a checkpoint."""
@@ -141,7 +141,7 @@ def carry_through_checkpoints(model: nn.Module, stage: Stage) -> None:
             function = function.function
         if function is None or isinstance(function, _Carrying):
             continue
-        if _is_reentrant(function) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_processes() and _is_reentrant(function):
             raise UserError(
                 f"{stage.owner} cannot train under reentrant checkpoints in several processes: set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"

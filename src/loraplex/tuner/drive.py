@@ -22,6 +22,7 @@ from loraplex.allocation.plan import Plan
 from loraplex.allocation.sites import Site
 from loraplex.errors import UserError
 from loraplex.option_values import is_whole
+from loraplex.processes import several_processes
 from loraplex.tuner import label_loss
 from loraplex.tuner.closed_ranks import driven
 from loraplex.tuner.config import AdapterConfig
@@ -230,7 +231,7 @@ def candidates_of(tuner: LoraplexTuner, adapter_name: str) -> list[Candidate]:
 
 def _of_the_first_process(candidates: Sequence[Candidate], gates: Gates) -> Gates:
     """Return the gates that the first process of a distributed run has."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not several_processes():
         return gates
     agreed = {candidate.name: gates[candidate.name].to(candidate.gate) for candidate in candidates}
     for gate in agreed.values():

@@ -10,13 +10,12 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from loraplex.tuner.labeled import IGNORED, Head, frozen_head, labeled
+from loraplex.tuner.labeled import IGNORED, Head, first_look, frozen_head, labeled
 
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"} | {
     "use_cache",
@@ -24,7 +23,6 @@ _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "
     "output_attentions",
     "output_hidden_states",
 }
-_PROBE_TOKENS = 4
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 """Base models by whether their logits are the head's product with the last hidden state and nothing else."""
 
@@ -72,14 +70,6 @@ def mean_loss(model: nn.Module, batch: Mapping[str, Any], padding_free: bool | s
 def _is_plain(model: PreTrainedModel, head: nn.Linear, ids: Tensor) -> bool:
     """Tell whether the model's logits are those of the head alone, from one look at a few tokens of the first batch."""
     if model not in _plain:
-        seen: list[Tensor] = []
-        hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits
-                # OPT runs a part of its backbone, not the backbone itself
-                mine = head(seen[-1].to(head.weight.dtype)) if seen else logits.new_empty(0)
-        finally:
-            hook.remove()
-        _plain[model] = mine.shape == logits.shape and torch.allclose(mine.float(), logits.float(), 1e-2, 1e-3)
+        logits, hidden = first_look(model, ids)
+        _plain[model] = hidden is not None and Head(head).gives(logits, hidden)
     return _plain[model]

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loraplex.kernels.label_head import label_log_probs
+from loraplex.models.modes import evaluation_mode
 from loraplex.tuner.packing import Packed, pack
 
 IGNORED = -100
 """The label of a token that is not learned."""
+_PROBE_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,14 @@ class Head:
     linear: nn.Linear
     scale: float = 1.0
     softcap: float | None = None
+
+    @torch.no_grad()
+    def gives(self, logits: Tensor, hidden: Tensor) -> bool:
+        """Return whether the logits (batch, t, V) are those of the hidden states (batch, t, d), to rounding."""
+        mine = self.linear(hidden.to(self.linear.weight)).float() * self.scale
+        if self.softcap is not None:
+            mine = torch.tanh(mine / self.softcap) * self.softcap
+        return mine.shape == logits.shape and torch.allclose(mine, logits.float(), 1e-2, 1e-3)
 
     def log_probs(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log p(label), the entropy and whether the label is on top, each (n,), for rows (n, d), labels (n,)."""
@@ -49,6 +61,22 @@ class Labeled:
         hidden: Tensor = backbone(*self.args, **self.inputs | {"use_cache": False} | extra).last_hidden_state
         mask = self.mask.to(hidden.device)
         return hidden[:, :-1][mask] if self.packed is None else hidden[0, self.packed.place[:, :-1][mask]]
+
+
+def first_look(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of a few tokens, and the last hidden states of the backbone under them.
+
+    The model runs as it evaluates: no dropout draws, and nothing of an objective's acts. The states are None where it
+    does not run its backbone as a whole, as OPT does not.
+    """
+    seen: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
+            logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits, seen[-1] if seen else None
 
 
 def frozen_head(model: nn.Module) -> nn.Linear | None:

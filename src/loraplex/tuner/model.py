@@ -369,9 +369,9 @@ class LoraplexTuner(BaseTuner):
         return tensors
 
 
-def tuners_in(model: nn.Module) -> list[LoraplexTuner]:
-    """Return the tuners of ours in a model, wrapped or not."""
-    return [module for module in model.modules() if isinstance(module, LoraplexTuner)]
+def tuners_in(model: nn.Module | None) -> list[LoraplexTuner]:
+    """Return the tuners of ours in a model, wrapped or not; a callback may be called without one."""
+    return [] if model is None else [module for module in model.modules() if isinstance(module, LoraplexTuner)]
 
 
 def refuse_name(model: nn.Module, adapter_name: str) -> None:

@@ -57,8 +57,7 @@ class ObjectiveCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the objective: what is saved after training is the adapter alone."""
-        model = kwargs.get("model")
-        for tuner in [] if model is None else tuners_in(model):
+        for tuner in tuners_in(kwargs.get("model")):
             for adapter_name in _trained(tuner):
                 _ended.setdefault(tuner, {})[adapter_name] = name_of(tuner, adapter_name)
                 tuner.detach_objective(adapter_name)
@@ -66,7 +65,7 @@ class ObjectiveCallback(TrainerCallback):
 
 def _say_what_has_ended(model: Any) -> None:
     """Warn of a training with the plain loss after one with an objective: more epochs, or a phase of its own."""
-    for tuner in [] if model is None else tuners_in(model):
+    for tuner in tuners_in(model):
         for adapter_name, name in _ended.get(tuner, {}).items():
             if adapter_name in tuner.active_adapters and adapter_name not in tuner.objectives():
                 warnings.warn(
@@ -77,7 +76,7 @@ def _say_what_has_ended(model: Any) -> None:
 
 
 def _objectives(model: Any) -> Iterator[tuple[str, Objective]]:
-    for tuner in [] if model is None else tuners_in(model):
+    for tuner in tuners_in(model):
         for adapter_name, objective in _trained(tuner).items():
             yield name_of(tuner, adapter_name), objective
 

@@ -19,12 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Distilled, Weights, distilled_log_probs
 from loraplex.kernels.packed_attention import KeyMemory
-from loraplex.models.modes import evaluation_mode
 from loraplex.objectives.contracts import Again, Batch, Objective
 from loraplex.tuner import fused_head, second_pass
-from loraplex.tuner.labeled import IGNORED, Head, Labeled, frozen_head, labeled
+from loraplex.tuner.labeled import IGNORED, Head, Labeled, first_look, frozen_head, labeled
 
-_PROBE_TOKENS = 4
 _checked: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()
 """Heads whose logits have been compared with the model's own."""
 _REMEDY = "or set the adapter's objective to plain"
@@ -112,11 +110,17 @@ def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Tensor) -> Hea
     """Return the head with the scale and cap of the model's config, once its logits have been seen to be the model's.
 
     Raises:
-        UserError: when they are not.
+        UserError: when they are not, or the model does not run its backbone as a whole.
     """
     if model not in _checked or _checked[model].linear is not linear:
         head = Head(linear, *_scale_and_cap(model.config.get_text_config()))
-        if not _is_the_models(model, head, ids):
+        logits, hidden = first_look(model, ids)
+        if hidden is None:
+            raise UserError(
+                f"{type(model).__name__} does not run its {type(model.base_model).__name__} as a whole, so an "
+                f"objective cannot run it twice: {_REMEDY[3:]}"
+            )
+        if not head.gives(logits, hidden):
             raise UserError(
                 f"the logits of {type(model).__name__} are not those of its head with the scale and cap in its config: "
                 f"train with SFTTrainer, {_REMEDY}"
@@ -135,26 +139,6 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
             scale = 1 / value if inverse else value
             break
     return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def _is_the_models(model: PreTrainedModel, head: Head, ids: Tensor) -> bool:
-    seen: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    try:
-        # as it evaluates: nothing of the objective's acts, no dropout draws
-        with evaluation_mode(model), torch.no_grad():
-            logits = model(input_ids=ids[:1, :_PROBE_TOKENS], use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    if not seen:
-        raise UserError(
-            f"{type(model).__name__} does not run its {type(model.base_model).__name__} as a whole, so an objective "
-            f"cannot run it twice: {_REMEDY[3:]}"
-        )
-    mine = head.linear(seen[-1].to(head.linear.weight)).float() * head.scale
-    if head.softcap is not None:
-        mine = torch.tanh(mine / head.softcap) * head.softcap
-    return mine.shape == logits.shape and torch.allclose(mine, logits, 1e-2, 1e-3)
 
 
 @dataclass
