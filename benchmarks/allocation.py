@@ -23,6 +23,8 @@ PROXIES = ("grad_norm", "snip", "fisher")
 _STEP_LIMIT = 1.03
 
 _OURS = TrainingWork("loraplex")
+_ROUNDS = 8
+"""Of ALoRA, which builds room for a rank in each."""
 STEPS: dict[str, TrainingWork] = {
     "ours-lora": _OURS,
     "hetero-all": replace(_OURS, allocation={"name": "hetero", "proxy": "constant", "share": 1.0, "batches": 1}),
@@ -31,11 +33,12 @@ STEPS: dict[str, TrainingWork] = {
         _OURS,
         allocation={"name": "hetero", "share": 0.25, "batches": 1, "ranks": "proportional", "unit": "parameters"},
     ),
-    "alora": replace(_OURS, allocation={"name": "alora", "first": 9000, "in_steps": True}),
+    "alora": replace(_OURS, allocation={"name": "alora", "first": 9000, "in_steps": True, "rounds": _ROUNDS}),
+    "ours-lora-room": replace(_OURS, rank=_OURS.rank + _ROUNDS),
 }
 """`hetero-all` keeps every site: what an allocation costs by itself. `hetero-quarter` has bypassed sites, of
 `hetero-proportional` some ranks of a site are closed, and `alora` has closed room for a new rank in
-each of its 8 rounds."""
+each of its rounds. `ours-lora-room` has as many ranks as `alora` and no allocation: what the room costs by itself."""
 
 
 def run(part: str, plan: Plan) -> None:
@@ -86,7 +89,12 @@ def _steps(plan: Plan) -> None:
         "learning_rate": LEARNING_RATE,
         "allocations": {name: work.allocation for name, work in STEPS.items()},
     }
-    comparisons = [Comparison(name, "ours-lora", "time", goal=_STEP_LIMIT) for name in STEPS if name != "ours-lora"]
+    allocated = [name for name, work in STEPS.items() if work.allocation != _OURS.allocation]
+    comparisons = [Comparison(name, "ours-lora", "time", goal=_STEP_LIMIT) for name in allocated]
+    comparisons += [
+        Comparison("ours-lora-room", "ours-lora", "time"),
+        Comparison("alora", "ours-lora-room", "time"),
+    ]
     result = results.contest(beginning, records, comparisons, unit="real tokens")
     results.show(result)
     results.write(result, plan)

@@ -32,6 +32,7 @@ NAMES = {
     "hetero-quarter": "HeteroLoRA, a quarter of the sites on",
     "hetero-proportional": "HeteroLoRA, ranks in proportion to a quarter of the budget",
     "alora": "ALoRA, with room for eight more ranks",
+    "ours-lora-room": "loraplex LoRA with the ranks that ALoRA has room for",
 }
 _PEERS = ("peft", "PEFT", "lm-eval", "trl")
 """How the names of other projects' contestants begin."""
