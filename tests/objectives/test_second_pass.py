@@ -19,6 +19,7 @@ def model_on_sdpa(adapter="lora", **changed):
 
 def tokens_through_blocks(model):
     model(**padded(rows()))  # the look at the first batch is over
+    objective_of(model).report()
     seen = []
     model.get_base_model().model.layers[0].mlp.up_proj.base_layer.register_forward_hook(
         lambda module, args, output: seen.append(output.shape[:-1].numel())
@@ -63,6 +64,7 @@ def test_it_computes_answers_only():
     model(**padded(rows()))
     # 5 + 3, 2 + 2 and 4 + 6 tokens; then the positions that predict 3, 2 and 6 of them
     assert seen == [22, 11]
+    assert objective_of(model).report()["computed_again"] == 0.5
 
 
 @pytest.mark.parametrize("why", ["option", "dropout", "checkpointing", "flat"])
@@ -79,6 +81,7 @@ def test_where_it_would_not_be_exact_the_whole_is_computed(why):
         batch = flattened(rows())
     model(**batch)
     assert seen == [22, 22]
+    assert objective_of(model).report()["computed_again"] == 1
 
 
 @pytest.mark.parametrize("family", ["nemotron", "diffllama"])

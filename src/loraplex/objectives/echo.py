@@ -113,6 +113,7 @@ class EchoObjective(Objective):
         if routed is None:
             return self._one_pass(batch, off)
         again = batch.again(routed, in_full=self.options.second_pass == "full")
+        self.means.add("computed_again", torch.tensor(again.tokens / len(batch.sequence)))
         with self.stage.running(self._injecting(batch, pool, again)):
             on = again.hidden()
         return self._two_passes(batch, on, off, again.chosen, weights)
@@ -241,7 +242,10 @@ class EchoObjective(Objective):
             yield parameter, Rate(peak=self.options.learning_rate, decays=False)
 
     def report(self) -> dict[str, float]:
-        """Return the mean losses of both passes, the divergence, the gates and the share of routed positions."""
+        """Return the mean losses of both passes, the divergence, the gates and the share of routed positions.
+
+        `computed_again` is the share of the tokens that second passes compute, 1 where they run in full.
+        """
         return self.means.take()
 
     def kinds_of_steps(self) -> list[tuple[float, contextlib.AbstractContextManager[None]]]:
