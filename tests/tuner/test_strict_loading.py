@@ -135,7 +135,9 @@ def test_missing_files(folder, tmp_path):
     refused(folder, "lacks adapter_model.safetensors")
     (folder / CONFIG).unlink()
     refused(folder, "holds no adapter: adapter_config.json is missing")
-    refused(tmp_path / "nowhere", "no adapter folder or hub id '.*nowhere'")
+    refused(tmp_path / "nowhere", "no adapter folder or hub id '.*nowhere': no such folder, and a hub id is")
+    (tmp_path / "adapter.txt").touch()
+    refused(tmp_path / "adapter.txt", "adapter.txt' is a file: give the folder that holds adapter_config.json")
     refused("someone/not-in-the-cache", "no adapter folder or hub id 'someone/not-in-the-cache'")
 
 

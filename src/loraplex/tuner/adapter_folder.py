@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -25,11 +25,17 @@ def local_folder(path: str, subfolder: str | None = None, **hub: Any) -> Path:
         UserError: when there is no such folder or hub id, or one of the files is missing or of the wrong kind.
     """
     folder = Path(path) / (subfolder or "")
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file: give the folder that holds {CONFIG_NAME} and the weights")
     if not folder.is_dir():
         try:
             files = [
                 hf_hub_download(path, n, subfolder=subfolder, **hub) for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
             ]
+        except HFValidationError:
+            raise UserError(
+                f"no adapter folder or hub id '{path}': no such folder, and a hub id is NAME or OWNER/NAME"
+            ) from None
         except (OSError, ValueError, HfHubHTTPError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"no adapter folder or hub id '{path}': {reason}") from None
