@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 from tests.contract.sites import adapters, build, fits, label
+from torch.utils.flop_counter import FlopCounterMode
 
+from loraplex import Adapter, Add, LoRA
 from loraplex.errors import UserError
 
 EVERY = pytest.mark.parametrize("options", adapters(), ids=label)
@@ -53,6 +55,38 @@ def test_closed_ranks_equal_the_oracle_and_all_closed_is_the_base(options, bias,
         torch.testing.assert_close(output, site.reference(x), rtol=1e-11, atol=1e-11)
         if len(closed) == 3:
             assert torch.equal(output, site.base(x))
+
+
+@EVERY
+@pytest.mark.parametrize("last", [1, 8, 9], ids="last={}".format)
+def test_a_tail_of_closed_ranks_equals_the_oracle_with_its_gradients(options, last):
+    """Ranks behind the last open one are not computed, in steps of eight."""
+    if not fits(options, 19, 17, 17):
+        return
+    site = build(options, 19, 17, 17)
+    site.adapter.factors.gate[last:] = 0
+    if last > 2:
+        site.adapter.factors.gate[2] = 0
+    x = torch.randn(6, 19, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(6, 17, dtype=torch.float64)
+    wanted = [x, *site.adapter.parameters()]
+    ours, theirs = site.forward(x), site.reference(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-11)
+
+
+def test_a_tail_of_closed_ranks_is_not_computed():
+    def flops(closed):
+        site = build(Adapter(LoRA(), Add()), 19, 17, 16)
+        site.adapter.factors.gate[16 - closed :] = 0
+        with FlopCounterMode(display=False) as counter:
+            site.forward(torch.randn(6, 19, dtype=torch.float64)).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(8) < flops(7) == flops(0)
 
 
 @EVERY

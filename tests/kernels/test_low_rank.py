@@ -59,6 +59,25 @@ def test_under_autocast_it_runs_in_bfloat16_and_returns_gradients_in_the_dtype_o
     assert given["a"].grad.dtype == given["b"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_ranks_beyond_the_given_scales_add_nothing_and_have_no_gradient(dtype):
+    given = tensors() | {"dropped": None}
+    for name in ("x", "weight", "bias"):
+        given[name] = given[name].to(dtype)
+    found = []
+    for s in (given["s"][:1], given["s"] * torch.tensor([1.0, 0.0])):
+        a, b = (given[name].clone().requires_grad_() for name in ("a", "b"))
+        y = low_rank_linear(**given | {"a": a, "b": b, "s": s})
+        y.backward(torch.ones_like(y))
+        found.append((y.detach(), a.grad, b.grad))
+    for short, full in zip(*found, strict=True):
+        assert short.dtype == full.dtype
+        torch.testing.assert_close(short, full, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=1e-12)
+    assert not found[0][1][1].any()
+    assert not found[0][2][:, 1].any()
+    assert found[0][1].any()
+
+
 def test_double_precision_gradcheck():
     given = tensors()
     x, a, b = (given[name].requires_grad_() for name in ("x", "a", "b"))

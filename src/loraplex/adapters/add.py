@@ -35,7 +35,7 @@ class Addition(Combine):
     def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         """Return x W0ᵀ + b + Δy (..., out) in the dtype of the frozen linear."""
         a, b = factors.parts()
-        return low_rank_linear(x, None if dropped is x else dropped, weight, bias, a, b, factors.rank_scale(b.dtype))
+        return low_rank_linear(x, None if dropped is x else dropped, weight, bias, a, b, factors.leading_scale(b.dtype))
 
     def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
         """Return low Bᵀ (n, out)."""

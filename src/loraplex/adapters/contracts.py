@@ -20,6 +20,9 @@ from loraplex.adapters.gates import GateRecord
 from loraplex.errors import UserError
 from loraplex.option_values import is_number, is_whole
 
+_MULTIPLE = 8
+"""Of how many ranks are computed, for the sake of matrix kernels."""
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -158,6 +161,14 @@ class Factors(nn.Module, ABC):
                 scales[dtype] = self._scaled(dtype)
         return scales[dtype]
 
+    def leading_scale(self, dtype: torch.dtype) -> Tensor:
+        """Return the first k entries of `rank_scale`, behind which all are 0: what lies there need not be computed.
+
+        k is r or a multiple of 8, because products of matrices are slow at odd sizes.
+        """
+        scale = self.rank_scale(dtype)
+        return scale if torch.compiler.is_compiling() else scale[: self._of_gate().leading]
+
     def _scaled(self, dtype: torch.dtype) -> Tensor:
         return self._every(self.gate).to(dtype) * self.scale
 
@@ -169,7 +180,10 @@ class Factors(nn.Module, ABC):
     def _of_gate(self) -> _OfGate:
         gate, kept = self.gate, self._kept
         if kept is None or kept.gate is not gate or kept.version != gate._version:
-            self._kept = kept = _OfGate(gate, gate._version, closed=not bool(gate.any()))
+            opened = gate.nonzero().flatten().tolist()
+            # of several heads side by side the columns of B are not those of the gate
+            leading = _rounded_up(opened[-1] + 1) if opened and self.repeats * self.heads == 1 else None
+            self._kept = kept = _OfGate(gate, gate._version, closed=not opened, leading=leading)
         return kept
 
     def _every(self, gate: Tensor) -> Tensor:
@@ -206,6 +220,10 @@ class Factors(nn.Module, ABC):
         return int(self.gate.sum())
 
 
+def _rounded_up(ranks: int) -> int:
+    return -(-ranks // _MULTIPLE) * _MULTIPLE
+
+
 @dataclass(frozen=True)
 class _OfGate:
     """What follows from a gate, kept until the gate is changed or replaced."""
@@ -213,6 +231,8 @@ class _OfGate:
     gate: Tensor
     version: int
     closed: bool
+    leading: int | None
+    """How many ranks are worth computing, from the first on; None is all."""
     scales: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
 

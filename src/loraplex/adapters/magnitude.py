@@ -52,7 +52,7 @@ class MagnitudeDirection(Combine):
             y0 = F.linear(x, weight, bias)
             return (y0 + self.delta(x, dropped, y0, GivenWeight(weight, bias), factors)).to(y0.dtype)
         a, b = factors.parts()
-        s, square = factors.rank_scale(b.dtype), self._square.of(weight)
+        s, square = factors.leading_scale(b.dtype), self._square.of(weight)
         return magnitude_linear(x, weight, bias, a, b, s, self.lora_magnitude_vector, square)
 
     def delta(self, x: Tensor, dropped: Tensor, y0: Tensor, base: BaseWeight, factors: Factors) -> Tensor:

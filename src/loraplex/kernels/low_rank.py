@@ -2,11 +2,12 @@
 
 y = x W0ᵀ + b + (drop(x) Aᵀ) (B diag(s))ᵀ, computed in the dtype of the frozen weight (or of autocast); A and B may be
 kept in float32, their casts are made inside. Saved for the backward pass: x (which the caller holds anyway), the
-(tokens, r) product and the casts of A and B. W0 has no gradient; that of x is skipped where nobody asks for it.
+(tokens, k) product and the casts of A and B. W0 has no gradient; that of x is skipped where nobody asks for it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def low_rank_linear(
     """Return y (..., out).
 
     x (..., in) and `dropped`, the same after dropout or None where there is none; W0 (out, in), b (out,) or None;
-    A (r, in), B (out, r), s (r,) the scale of every rank, without gradient.
+    A (r, in), B (out, r), s (k,) the scale of the first k ranks, without gradient; those beyond have scale 0, and
+    nothing is computed for them but their gradient, which is 0.
     """
     x, dropped, weight, bias = under_autocast(x, dropped, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
@@ -30,15 +32,33 @@ def low_rank_linear(
     return y
 
 
-def backward_products(
-    dy: Tensor, rows: Tensor, low: Tensor, a: Tensor, b: Tensor, s: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d(low) (tokens, r), dA (r, in) and dB (out, r) for y = … + low (B diag(s))ᵀ, low = rows Aᵀ.
+@dataclass(frozen=True)
+class Pair:
+    """What of A (r, in) and B (out, r) is multiplied: their first k ranks; and how their gradients are to come."""
 
-    dy (tokens, out), rows (tokens, in); `b` is B diag(s); the gradients come in the dtypes of A and B.
-    """
-    dlow = dy @ b
-    return dlow, (dlow.T @ rows).to(dtypes[0]), (dy.T @ low).to(dtypes[1]).mul_(s)
+    ranks: int
+    """r."""
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> Pair:
+        """Return that of A and B as they are trained."""
+        return cls(len(a), (a.dtype, b.dtype))
+
+    def gradients(self, dy: Tensor, rows: Tensor, low: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d(low) (tokens, k), dA (r, in) and dB (out, r) for y = … + low (B diag(s))ᵀ, low = rows Aᵀ.
+
+        dy (tokens, out), rows (tokens, in), s (k,); `b` (out, k) is B diag(s).
+        """
+        dlow = dy @ b
+        da, db = dlow.T @ rows, dy.T @ low
+        if len(s) == self.ranks:
+            return dlow, da.to(self.dtypes[0]), db.to(self.dtypes[1]).mul_(s)
+        all_a = da.new_zeros(self.ranks, da.shape[1], dtype=self.dtypes[0])
+        all_b = db.new_zeros(len(db), self.ranks, dtype=self.dtypes[1])
+        all_a[: len(s)] = da
+        torch.mul(db, s, out=all_b[:, : len(s)])
+        return dlow, all_a, all_b
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -55,12 +75,13 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = rows if dropped is None else dropped.reshape(rows.shape)
+        used = len(s)
         # a rounded s would rescale the whole adapter, so it goes into B before the cast
-        a_cast, b_cast = a.to(rows.dtype), (b * s).to(rows.dtype)
-        low = F.linear(low_rows, a_cast)  # (tokens, r)
+        a_cast, b_cast = a[:used].to(rows.dtype), (b[:, :used] * s).to(rows.dtype)
+        low = F.linear(low_rows, a_cast)  # (tokens, k)
         y = F.linear(rows, weight, bias).addmm_(low, b_cast.T)
         ctx.save_for_backward(low_rows, weight, a_cast, b_cast, s, low)
-        ctx.shape, ctx.dtypes = x.shape, (a.dtype, b.dtype)
+        ctx.shape, ctx.pair = x.shape, Pair.of(a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -68,7 +89,7 @@ class _LowRankLinear(torch.autograd.Function):
         low_rows, weight, a, b, s, low = ctx.saved_tensors
         need_x, need_dropped, _, need_bias, *_ = ctx.needs_input_grad
         dy = upstream[0].reshape(-1, weight.shape[0])
-        dlow, da, db = backward_products(dy, low_rows, low, a, b, s, ctx.dtypes)
+        dlow, da, db = ctx.pair.gradients(dy, low_rows, low, b, s)
         dx = ddropped = None
         if need_x:
             dx = dy @ weight

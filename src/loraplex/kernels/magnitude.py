@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex.kernels.autocast import under_autocast
-from loraplex.kernels.low_rank import backward_products
+from loraplex.kernels.low_rank import Pair
 
 _AT_ONCE = 1 << 18
 """Elements of W0 that are held in float32 at the same time: 1 MiB, in memory that stays warm."""
@@ -99,17 +99,17 @@ class _MagnitudeLinear(torch.autograd.Function):
         square: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scaled = b * s
-        a_cast, b_cast = a.to(rows.dtype), scaled.to(rows.dtype)
+        used = len(s)
+        a_cast, b_cast = a[:used].to(rows.dtype), (b[:, :used] * s).to(rows.dtype)
         # of the pair as it is multiplied below, rounded like it
         n = row_norm(weight, a_cast, b_cast, square)
-        low = F.linear(rows, a_cast)  # (tokens, r)
+        low = F.linear(rows, a_cast)  # (tokens, k)
         z = F.linear(rows, weight).addmm_(low, b_cast.T)  # (tokens, out)
         ratio = (m / n).to(z.dtype)
         y = z * ratio if bias is None else torch.addcmul(bias, z, ratio)
         # z, not y: what is returned may be changed in place by whoever gets it
         ctx.save_for_backward(rows, weight, a_cast, b_cast, s, low, z, ratio, n)
-        ctx.shape, ctx.dtypes, ctx.m_dtype = x.shape, (a.dtype, b.dtype), m.dtype
+        ctx.shape, ctx.pair, ctx.m_dtype = x.shape, Pair.of(a, b), m.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -121,7 +121,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         dm = (_column_sums(product) / n).to(ctx.m_dtype)
         column = ratio[:, None]
         # m/n goes to whichever side of a product is smaller
-        dlow, da, db = backward_products(dy, rows, low, a, b * column, s, ctx.dtypes)
+        dlow, da, db = ctx.pair.gradients(dy, rows, low, b * column, s)
         dx = None
         if need_x:
             wide = weight.shape[1] < len(dy)
