@@ -20,7 +20,7 @@ from loraplex.adapters.gates import GateRecord
 from loraplex.errors import UserError
 from loraplex.option_values import is_number, is_whole
 
-_MULTIPLE = 8
+_MULTIPLE = 16
 """Of how many ranks are computed, for the sake of matrix kernels."""
 
 
@@ -164,7 +164,7 @@ class Factors(nn.Module, ABC):
     def leading_scale(self, dtype: torch.dtype) -> Tensor:
         """Return the first k entries of `rank_scale`, behind which all are 0: what lies there need not be computed.
 
-        k is r or a multiple of 8, because products of matrices are slow at odd sizes.
+        k is r or a multiple of 16, because products of matrices are slow at odd sizes.
         """
         scale = self.rank_scale(dtype)
         return scale if torch.compiler.is_compiling() else scale[: self._of_gate().leading]
