@@ -167,7 +167,8 @@ class Factors(nn.Module, ABC):
         k is r or a multiple of 16, because products of matrices are slow at odd sizes.
         """
         scale = self.rank_scale(dtype)
-        return scale if torch.compiler.is_compiling() else scale[: self._of_gate().leading]
+        leading = None if torch.compiler.is_compiling() else self._of_gate().leading
+        return scale if leading is None else scale[:leading]
 
     def _scaled(self, dtype: torch.dtype) -> Tensor:
         return self._every(self.gate).to(dtype) * self.scale
@@ -182,8 +183,9 @@ class Factors(nn.Module, ABC):
         if kept is None or kept.gate is not gate or kept.version != gate._version:
             opened = gate.nonzero().flatten().tolist()
             # of several heads side by side the columns of B are not those of the gate
-            leading = _rounded_up(opened[-1] + 1) if opened and self.repeats * self.heads == 1 else None
-            self._kept = kept = _OfGate(gate, gate._version, closed=not opened, leading=leading)
+            leading = _rounded_up(opened[-1] + 1) if opened and self.repeats * self.heads == 1 else len(gate)
+            fewer = leading if leading < len(gate) else None
+            self._kept = kept = _OfGate(gate, gate._version, closed=not opened, leading=fewer)
         return kept
 
     def _every(self, gate: Tensor) -> Tensor:

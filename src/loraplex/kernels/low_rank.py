@@ -32,6 +32,11 @@ def low_rank_linear(
     return y
 
 
+def leading(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what of A (r, in) and B (out, r) has one of the scales s (k,): their first k ranks."""
+    return (a, b) if len(s) == len(a) else (a[: len(s)], b[:, : len(s)])
+
+
 @dataclass(frozen=True)
 class Pair:
     """What of A (r, in) and B (out, r) is multiplied: their first k ranks; and how their gradients are to come."""
@@ -75,13 +80,14 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = rows if dropped is None else dropped.reshape(rows.shape)
-        used = len(s)
+        ctx.pair = Pair.of(a, b)
+        a, b = leading(a, b, s)
         # a rounded s would rescale the whole adapter, so it goes into B before the cast
-        a_cast, b_cast = a[:used].to(rows.dtype), (b[:, :used] * s).to(rows.dtype)
+        a_cast, b_cast = a.to(rows.dtype), (b * s).to(rows.dtype)
         low = F.linear(low_rows, a_cast)  # (tokens, k)
         y = F.linear(rows, weight, bias).addmm_(low, b_cast.T)
         ctx.save_for_backward(low_rows, weight, a_cast, b_cast, s, low)
-        ctx.shape, ctx.pair = x.shape, Pair.of(a, b)
+        ctx.shape = x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex.kernels.autocast import under_autocast
-from loraplex.kernels.low_rank import Pair
+from loraplex.kernels.low_rank import Pair, leading
 
 _AT_ONCE = 1 << 18
 """Elements of W0 that are held in float32 at the same time: 1 MiB, in memory that stays warm."""
@@ -99,8 +99,9 @@ class _MagnitudeLinear(torch.autograd.Function):
         square: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        used = len(s)
-        a_cast, b_cast = a[:used].to(rows.dtype), (b[:, :used] * s).to(rows.dtype)
+        ctx.pair = Pair.of(a, b)
+        a, b = leading(a, b, s)
+        a_cast, b_cast = a.to(rows.dtype), (b * s).to(rows.dtype)
         # of the pair as it is multiplied below, rounded like it
         n = row_norm(weight, a_cast, b_cast, square)
         low = F.linear(rows, a_cast)  # (tokens, k)
@@ -109,7 +110,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         y = z * ratio if bias is None else torch.addcmul(bias, z, ratio)
         # z, not y: what is returned may be changed in place by whoever gets it
         ctx.save_for_backward(rows, weight, a_cast, b_cast, s, low, z, ratio, n)
-        ctx.shape, ctx.pair, ctx.m_dtype = x.shape, Pair.of(a, b), m.dtype
+        ctx.shape, ctx.m_dtype = x.shape, m.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
