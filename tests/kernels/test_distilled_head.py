@@ -57,3 +57,15 @@ def test_equal_states_do_not_diverge():
     assert torch.equal(found.divergence, torch.zeros(4))
     assert torch.equal(found.teacher, found.student)
     assert found.objective.dtype == torch.float32
+
+
+def test_nothing_is_rounded_by_autocast():
+    generator = torch.Generator().manual_seed(1)
+    teacher, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((7, 16), (50, 16)))
+    student = (teacher + 0.05 * torch.randn(7, 16, generator=generator)).bfloat16()
+    rest = (weight, None, torch.randint(50, (7,), generator=generator), Weights(0.3, 0.6, 0.9))
+    plain = distilled_log_probs(teacher, student, *rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = distilled_log_probs(teacher, student, *rest)
+    for name, value in vars(plain).items():
+        assert torch.equal(getattr(mixed, name), value), name

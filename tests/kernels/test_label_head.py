@@ -41,3 +41,13 @@ def test_no_label_at_all_gives_a_differentiable_zero():
     log_probs, _, _ = label_log_probs(hidden, torch.randn(20, 5), None, torch.empty(0, dtype=torch.long))
     log_probs.sum().backward()
     assert hidden.grad.shape == (0, 5)
+
+
+def test_nothing_is_rounded_by_autocast():
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((7, 16), (50, 16)))
+    labels = torch.randint(50, (7,), generator=generator)
+    plain = label_head.label_log_probs(hidden, weight, None, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = label_head.label_log_probs(hidden, weight, None, labels)
+    assert all(torch.equal(*pair) for pair in zip(mixed, plain, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex.kernels.label_head import LOGITS_AT_ONCE, head_logits, through_head
+from loraplex.kernels.label_head import LOGITS_AT_ONCE, head_logits, row_dot, through_head
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Distilled(torch.autograd.Function):
             log_t, log_s = torch.log_softmax(z_t, 1), torch.log_softmax(z_s, 1)
             chosen_t, chosen_s = log_t.gather(1, label)[:, 0], log_s.gather(1, label)[:, 0]
             p_s = log_s.exp()
-            entropy = -torch.linalg.vecdot(p_s, log_s)
+            entropy = -row_dot(p_s, log_s)
             top[part] = z_s.argmax(1) == labels[part]
             divergence, d_divergence = _divergence(z_t, z_s, weights.temperature)
             objective = weights.teacher * chosen_t + weights.student * chosen_s - weights.distillation * divergence
@@ -117,5 +117,5 @@ def _divergence(z_t: Tensor, z_s: Tensor, temperature: float) -> tuple[Tensor, T
     """Return τ² KL(p ‖ q) (n,) of p = softmax(z_T/τ), q = softmax(z_S/τ), and τ (q − p), its gradient by z_S."""
     log_p, log_q = torch.log_softmax(z_t / temperature, 1), torch.log_softmax(z_s / temperature, 1)
     p = log_p.exp()
-    divergence = temperature**2 * torch.linalg.vecdot(p, log_p - log_q)
+    divergence = temperature**2 * row_dot(p, log_p - log_q)
     return divergence, log_q.exp_().sub_(p).mul_(temperature)

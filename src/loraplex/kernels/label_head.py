@@ -47,6 +47,13 @@ def head_logits(
     return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ_j a_ij b_ij (n,) of a and b (n, V) in their own dtype: autocast would round both to its own."""
+    with torch.autocast(a.device.type, enabled=False):
+        products: Tensor = torch.linalg.vecdot(a, b)
+    return products
+
+
 def through_head(dz: Tensor, z: Tensor, weight: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Return the gradient (n, d) of the hidden states from that of z = `head_logits`, (n, V), which is overwritten."""
     if softcap is not None:
@@ -78,7 +85,7 @@ class _LabelLogProbs(torch.autograd.Function):
             norm = torch.logsumexp(z, dim=1)
             log_probs[part] = chosen - norm
             p = (z - norm[:, None]).exp_()
-            entropy[part] = norm - torch.linalg.vecdot(p, z)
+            entropy[part] = norm - row_dot(p, z)
             if unit is not None:
                 # ∂ log p(label) / ∂z = onehot − p
                 dz = p.neg_().scatter_add_(1, labels[part, None], torch.ones_like(norm)[:, None])

@@ -53,9 +53,12 @@ class EchoNetworks(nn.Module):
         self.echo_gate_bias = nn.Parameter(torch.full((sites,), float(gate_bias)))
 
     def mixed(self, pooled: Tensor) -> Tensor:
-        """Return Σ_s softmax(ω)_s p_s (samples, d) of p (sources, samples, d)."""
+        """Return Σ_s softmax(ω)_s p_s (samples, d) of p (sources, samples, d), in the networks' dtype.
+
+        Not as a matrix product, which autocast would round: squares of large states leave float16.
+        """
         pooled = pooled.to(self.echo_mix.device, self.echo_mix.dtype)
-        return torch.einsum("s,snd->nd", torch.softmax(self.echo_mix, 0), pooled)
+        return (torch.softmax(self.echo_mix, 0)[:, None, None] * pooled).sum(0)
 
     def forward(self, mixed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return g_k u_k (samples, r_k) by site, and the gates (samples, sites), for mixed states (samples, d)."""
