@@ -57,16 +57,22 @@ def padded(given, side="right"):
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-def flattened(given):
-    """One row, as TRL's padding-free collator makes it."""
+def flattened(given, borders=False):
+    """One row, as TRL's padding-free collator makes it; with `borders`, as transformers' with flash attention does."""
     ids = [token for row, _ in given for token in row]
     labels = [label for _, row in given for label in [-100, *row[1:]]]
     positions = [place for row, _ in given for place in range(len(row))]
-    return {
+    batch = {
         "input_ids": torch.tensor([ids]),
         "labels": torch.tensor([labels]),
         "position_ids": torch.tensor([positions]),
     }
+    if borders:
+        lengths = [len(row) for row, _ in given]
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return batch
 
 
 def targets_of(model):

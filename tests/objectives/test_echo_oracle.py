@@ -19,7 +19,7 @@ from tests.tuner.tiny_models import gpt2
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import add_fused_lm_head
 
-from loraplex.objectives.echo_networks import seeded
+from loraplex.objectives.echo_networks import EchoNetworks, seeded
 
 ADAPTERS = [
     "lora",
@@ -72,7 +72,7 @@ BOTH = pytest.mark.parametrize(("second_pass", "exact"), [("full", 1e-10), ("aut
 
 
 @BOTH
-@pytest.mark.parametrize("layout", ["padded", "left", "packed", "flat"])
+@pytest.mark.parametrize("layout", ["padded", "left", "packed", "flat", "borders"])
 @pytest.mark.parametrize("change", [{}, {"signal": "another"}, {"pool": "last_prompt"}], ids=str)
 def test_however_the_batch_is_laid_out(layout, change, second_pass, exact):
     """Sequences are pooled each for itself: as rows, padded on either side, packed by us, or in TRL's one row."""
@@ -83,18 +83,28 @@ def test_however_the_batch_is_laid_out(layout, change, second_pass, exact):
     padding_free = "auto" if layout == "packed" else False
     model = echoing(options(second_pass=second_pass, **change), base=base, padding_free=padding_free)
     given = rows()
-    batch = flattened(given) if layout == "flat" else padded(given, "left" if layout == "left" else "right")
+    if layout in ("flat", "borders"):
+        batch = flattened(given, borders=layout == "borders")
+    else:
+        batch = padded(given, "left" if layout == "left" else "right")
     # with padding on the left, the cosines of RoPE are those of later positions, rounded to float32
     compare(model, batch, given, exact=max(exact, 1e-7) if layout == "left" else exact)
 
 
-def test_padding_at_the_end_of_a_flat_row_is_nobodys_sample():
+@pytest.mark.parametrize("change", [{"signal": "another"}, {"routing": "sample", "probability": 0.5}], ids=str)
+def test_padding_at_the_end_of_a_flat_row_is_nobodys_sample(change):
     """`pad_to_multiple_of` of TRL's collator: tokens at position 0 without a label."""
-    model, given = echoing(options(signal="another")), rows()
-    plain, longer = flattened(given), {}
+    plain, longer = flattened(rows()), {}
     for name, values in plain.items():
         longer[name] = torch.cat([values, torch.full((1, 4), -100 if name == "labels" else 0)], dim=1)
-    torch.testing.assert_close(model(**longer).loss, model(**plain).loss, rtol=1e-10, atol=1e-10)
+    for step in range(6):
+        losses = []
+        for first in (longer, plain):
+            model = echoing(options(**change))
+            objective_of(model).step = step
+            # what the second micro-batch draws depends on how many samples the first one had
+            losses.append(torch.stack([model(**batch).loss for batch in (first, plain)]))
+        torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_with_conv1d_and_biases():
@@ -172,3 +182,14 @@ def test_the_ramp_of_the_distillation():
     for step, weight in ((0, 0.0), (5, 0.25), (10, 0.5), (19, 0.5)):
         objective.step = step
         compare(model, padded(given), given, distillation=weight)
+
+
+def test_the_networks_are_not_rounded_by_autocast():
+    networks = EchoNetworks(8, 3, {"a": 2, "b": 3}, 4, gate_bias=0.0, bounded=False, seed=1, identity=False)
+    # their squares are beyond float16
+    pooled = 1000 * torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(2))
+    values, gates = networks(networks.mixed(pooled))
+    with torch.autocast("cpu", torch.float16):
+        same_values, same_gates = networks(networks.mixed(pooled))
+    assert torch.equal(same_gates, gates)
+    assert all(torch.equal(same_values[site], value) for site, value in values.items())

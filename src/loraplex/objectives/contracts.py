@@ -66,6 +66,12 @@ class Batch(ABC):
     rows: Tensor
     """(n,) positions in the row of N that predict a learned token, rising."""
 
+    @property
+    def samples(self) -> Tensor:
+        """(m,) the sequences with something to predict, rising; padding at the end of a flat row is none of them."""
+        found: Tensor = self.sequence[self.rows].unique()
+        return found
+
     @abstractmethod
     def hidden(self, *, keep: bool = False) -> Tensor:
         """Run the backbone once and return its last hidden states at `rows`, (n, d).

@@ -59,7 +59,7 @@ class EchoObjective(Objective):
         self.means = Means()
         self.networks: EchoNetworks | None = None
         # in lists: their owner is the base model
-        self._blocks, self._model = [blocks.modules], [init.model]
+        self._blocks, self._model, self._sites = [blocks.modules], [init.model], [dict(init.sites)]
         self._forced: bool | None = None
         self._seen = (0, 0)
         if options.signal != "none":
@@ -94,12 +94,12 @@ class EchoObjective(Objective):
         """Return the loss of one pass or of two, as drawn for this step; see the file's head.
 
         Raises:
-            UserError: when the batch has nothing to pool, nobody has said how many steps there will be, or the echo of
-                another sample is asked for and there is none.
+            UserError: when the batch has nothing to pool, nobody has said how many steps there will be, the echo of
+                another sample is asked for and there is none, or an allocation has closed every target site.
         """
         weights, routed = self._weights(), self._routed(batch)
         pool = Pool.of(batch, self.options.pool)
-        if not bool(pool.counts.any()):
+        if pool.lacks_tokens(batch):
             raise UserError(
                 f"{_OWNER} could not act: no sequence of the batch has a token to pool (pool: {self.options.pool}); "
                 "mask the labels of the prompts (training.loss_on: completion)"
@@ -157,7 +157,8 @@ class EchoObjective(Objective):
         values, gates = self.networks(signal)
         self.means.add("gate", gates)
         draws = torch.rand(len(self.targets), generator=seeded(self.seed, self.step, "targets"))
-        kept = [site for site, draw in zip(self.targets, draws, strict=True) if draw >= self.options.target_dropout]
+        drawn = (site for site, draw in zip(self.targets, draws, strict=True) if draw >= self.options.target_dropout)
+        kept = self._open_targets().intersection(drawn)
         return Pass(
             again.tokens,
             again.rows,
@@ -166,6 +167,21 @@ class EchoObjective(Objective):
             {site: values[site] for site in kept},
             lambda: {site: value for site, value in self._values(batch, pool).items() if site in kept},
         )
+
+    def _open_targets(self) -> set[str]:
+        """Return the targets that an allocation has not switched off.
+
+        Raises:
+            UserError: when there is none.
+        """
+        sites = self._sites[0]
+        found = {site for site in self.targets if not sites[site].factors.closed}
+        if not found:
+            raise UserError(
+                f"{_OWNER} could not act: the allocation has closed all of its {len(self.targets)} target sites; set "
+                "targets to blocks that stay open, or leave more ranks open"
+            )
+        return found
 
     def _values(self, batch: Batch, pool: Pool) -> dict[str, Tensor]:
         signal = self._signal(batch, pool)
@@ -186,9 +202,8 @@ class EchoObjective(Objective):
             return fixed.to(like).expand(batch.sequences, width)
         pooled = pool.stacked(self.boundaries)
         if signal == "another":
-            # what has no answer is no sample: padding at the end of a flat batch
-            samples = batch.sequence[batch.answer].unique().to(pooled.device)
-            if len(samples) < 2:
+            samples = batch.samples.to(pooled.device)
+            if len(samples) == 1:
                 raise UserError(
                     f"{_OWNER} could not act: signal is 'another', and the batch has one sequence with an answer; "
                     "train on at least 2 rows at a time, and drop an odd last one (dataloader_drop_last)"
@@ -205,27 +220,29 @@ class EchoObjective(Objective):
         device = batch.sequence.device
         if self._forced is not None:
             return torch.ones(batch.sequences, dtype=torch.bool, device=device) if self._forced else None
-        step, seen = self._seen
-        self._seen = (self.step, batch.sequences + (seen if step == self.step else 0))
         generator = seeded(self.seed, self.step, "routing")
         if self.options.routing == "step":
-            drawn = torch.rand(1, generator=generator).expand(batch.sequences)
+            routed = (torch.rand(1, generator=generator) < self.options.probability).expand(batch.sequences)
         else:
-            drawn = torch.rand(self._seen[1], generator=generator)[-batch.sequences :]
-        routed = drawn < self.options.probability
+            samples = batch.samples.cpu()
+            seen = self._seen[1] if self._seen[0] == self.step else 0
+            self._seen = (self.step, seen + len(samples))
+            drawn = torch.rand(self._seen[1], generator=generator)[seen:] < self.options.probability
+            routed = torch.zeros(batch.sequences, dtype=torch.bool).index_put((samples,), drawn)
         return routed.to(device) if bool(routed.any()) else None
 
     def _weights(self) -> Weights:
         """Return the weights of the step: λ_kd rises over the ramp."""
         options, ramp = self.options, self.options.ramp
-        if 0 < ramp < 1 and self._forced is None:
+        distills = options.probability > 0 and options.weight_distillation > 0
+        if 0 < ramp < 1 and distills and self._forced is None:
             if self.total is None:
                 raise UserError(
                     f"{_OWNER} has a ramp of {ramp:g} of all steps, and nobody has said how many there will be: "
                     "train with a Trainer, or set ramp to a number of steps (0 for none)"
                 )
             ramp *= self.total
-        share = min(1.0, self.step / ramp) if ramp > 0 else 1.0
+        share = min(1.0, self.step / ramp) if ramp > 0 and distills else 1.0
         return Weights(options.weight_on, options.weight_off, options.weight_distillation * share, options.temperature)
 
     def _nothing(self, like: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class EchoOptions:
     """Of the second pass."""
     second_pass: Literal["auto", "full"] = "auto"
     """auto: only from the first injected position on, where that is exact: a model on sdpa with full attention in every
-    layer, no dropout, no checkpoint, batches with an attention mask padded on the right; full: all of it.
+    layer, no dropout, no noise on embeddings (NEFTune), no checkpoint, batches with an attention mask padded on the
+    right, which `padding_free` is allowed to take out; full: all of it.
     What is logged as computed_again tells how much it was."""
     target_dropout: float = 0.1
     """Share of the target sites that get nothing in a step."""

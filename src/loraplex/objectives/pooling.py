@@ -56,6 +56,11 @@ class Pool:
         chosen = pooled_tokens(batch, pool).nonzero()[:, 0]
         return cls(chosen, torch.bincount(batch.sequence[chosen], minlength=batch.sequences))
 
+    def lacks_tokens(self, batch: Batch) -> bool:
+        """Tell whether there are samples, and none of them has a token to pool."""
+        samples = batch.samples
+        return len(samples) > 0 and not bool(self.counts[samples].any())
+
     def take(self, boundary: int, hidden: Tensor) -> None:
         """Take the mean of the hidden states (..., d) of one boundary, as constants, in float32 at least."""
         states = hidden.detach().reshape(-1, hidden.shape[-1])[self.tokens.to(hidden.device)]

@@ -70,7 +70,8 @@ def _say_what_has_ended(model: Any) -> None:
             if adapter_name in tuner.active_adapters and adapter_name not in tuner.objectives():
                 warnings.warn(
                     f"the objective '{name}' of adapter '{adapter_name}' ended with the training before, so this one "
-                    "has the plain loss: to train on with it, resume from a checkpoint (resume_from_checkpoint)",
+                    "has the plain loss: to train on with it, build the model and its adapter anew, and resume from a "
+                    "checkpoint (resume_from_checkpoint)",
                     stacklevel=2,
                 )
 

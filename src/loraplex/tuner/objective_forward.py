@@ -178,6 +178,8 @@ class TrainingBatch(Batch):
             self.real, self.answer = real.flatten(), learned.flatten()
             self.rows = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]
         self.sequences = int(self.sequence[-1]) + 1
+        if self.sequences > len(self.labels) and packed is None:
+            self.answer = self.answer | _masked_starts(self.sequence, self.answer)
 
     def hidden(self, *, keep: bool = False) -> Tensor:
         """Run the backbone once and return its last hidden states at `rows`, (n, d); see `Batch`."""
@@ -210,6 +212,16 @@ class TrainingBatch(Batch):
 
     def _targets(self, chosen: Tensor | None) -> Tensor:
         return self.labeled.targets if chosen is None else self.labeled.targets[chosen]
+
+
+def _masked_starts(sequence: Tensor, learned: Tensor) -> Tensor:
+    """Return (N,) the first tokens of sequences whose second is learned.
+
+    In one row of many sequences, collators mask all first tokens, which nothing predicts: that makes no prompt.
+    """
+    same = sequence[1:] == sequence[:-1]
+    starts = torch.nn.functional.pad(~same, (1, 0), value=True)
+    return starts & torch.nn.functional.pad(same & learned[1:], (0, 1))
 
 
 def _sequences(inputs: dict[str, Any], shape: torch.Size, device: torch.device) -> Tensor:
