@@ -25,12 +25,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_runs_and_its_adapter_loads_in_peft(tmp_path: Path) -> None:
-    (example,) = blocks("python")
-    assert len([line for line in example.splitlines() if line]) <= 5
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
-    loaded = PeftModel.from_pretrained(load_model("embedded"), str(tmp_path / "my-adapter"))
-    assert loaded.peft_config["default"].use_dora
+def test_the_python_examples_run_and_their_adapters_load_in_peft(tmp_path: Path) -> None:
+    shortest, under_trl = blocks("python")
+    assert len([line for line in shortest.splitlines() if line]) <= 5
+    for example, dora in ((shortest, True), (under_trl, False)):
+        subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
+        loaded = PeftModel.from_pretrained(load_model("embedded"), str(tmp_path / "my-adapter"))
+        assert loaded.peft_config["default"].use_dora == dora
 
 
 @pytest.mark.parametrize("line", [line for line in SHOWN if line.startswith("loraplex ")])
@@ -58,11 +59,20 @@ def test_the_recipes_and_documents_it_names_exist() -> None:
         assert (ROOT / (path[0] or path[1])).exists(), path
 
 
-def test_a_method_is_ready_when_the_registry_has_it() -> None:
-    ready = re.findall(r"^\| (\S+) \|.*\| ready \|$", README, re.MULTILINE)
+def test_the_page_on_data_has_every_set_that_recipes_read() -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    recipes = [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "benchmarks/studies").glob("*.yaml")]
+    folders = {name for path in recipes for name in re.findall(r"benchmark:(\S+/)", path.read_text(encoding="utf-8"))}
+    assert folders
+    assert {folder for folder in folders if f"`{folder}" not in page} == set()
+
+
+def test_its_table_has_the_methods_of_the_registry() -> None:
+    table = README[README.index("| method | axis |") :].partition("\n\n")[0]
+    named = re.findall(r"^\| (\S+) \| (?:adapter|allocation|objective)", table, re.MULTILINE)
     usual = {"uniform", "plain"}
     others = {method.name for axis in (Axis.ALLOCATION, Axis.OBJECTIVE) for method in REGISTRY.members(axis)}
-    assert {name.lower() for name in ready} == set(REGISTRY.presets) | others - usual
+    assert {name.lower() for name in named} == set(REGISTRY.presets) | others - usual
 
 
 def test_its_ratios_are_those_of_the_benchmarks() -> None:

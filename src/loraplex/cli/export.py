@@ -45,9 +45,9 @@ from loraplex.cli.evaluate import _FORMATS
 def export(adapter: str, to: str, output: Path | None, sources: tuple[str, ...], **options: Any) -> None:
     """Write ADAPTER in the form that PEFT, vLLM, transformers or llama.cpp load, and prove it.
 
-    The result is reloaded by the target's own loader and its logits are compared on real text; when they differ by
-    more than the tolerance, the command fails and nothing is put in place. What has no exact form is refused with the
-    reason. ADAPTER is an adapter folder, a run folder or a hub id.
+    The result is read back, by PEFT or transformers, for vLLM and llama.cpp by their rules, and its logits are
+    compared on real text; when they differ by more than the tolerance, the command fails and nothing is put in place.
+    What has no exact form is refused with the reason. ADAPTER is an adapter folder, a run folder or a hub id.
     """
     calibration, most, per_task = (options.pop(key) for key in ("calibration", "calibration_limit", "per_task"))
     if per_task and not calibration:

@@ -1,1 +1,1 @@
-"""What a finished adapter can be turned into, each result reloaded by its own loader and compared before it is kept."""
+"""What a finished adapter can be turned into, read back as its target reads it and compared before it is kept."""
