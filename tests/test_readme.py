@@ -25,6 +25,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def anchors(page: Path) -> set[str]:
+    """The names under which a Markdown page's headings are linked to."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_the_python_examples_run_and_their_adapters_load_in_peft(tmp_path: Path) -> None:
     shortest, under_trl = blocks("python")
     assert len([line for line in shortest.splitlines() if line]) <= 5
@@ -56,7 +62,9 @@ def test_the_make_targets_it_names_exist() -> None:
 
 def test_the_recipes_and_documents_it_names_exist() -> None:
     for path in re.findall(r"\]\(([^)h#][^)]*)\)|(recipes/\S+\.yaml)", README):
-        assert (ROOT / (path[0] or path[1])).exists(), path
+        name, _, heading = (path[0] or path[1]).partition("#")
+        assert (ROOT / name).exists(), path
+        assert not heading or heading in anchors(ROOT / name), path
 
 
 def test_the_page_on_data_has_every_set_that_recipes_read() -> None:
