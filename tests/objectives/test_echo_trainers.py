@@ -362,8 +362,9 @@ def test_what_the_batch_or_the_model_lacks_is_named():
     nothing = "no sequence of the batch has a token to pool.*loss_on: completion"
     refused(nothing, lambda: fresh(options())(**everything))
     # a collator masks the first token of every flat sequence: that is no prompt
-    learned = flattened([(ids, ids) for ids, _ in rows()])
-    refused(nothing, lambda: fresh(options())(**learned))
+    for given in (rows(), rows()[:1]):
+        learned = flattened([(ids, ids) for ids, _ in given])
+        refused(nothing, lambda learned=learned: fresh(options())(**learned))
     # a row without labels has tokens to pool, and no use for them
     first, *rest = rows()
     some = padded([(first[0], first[0]), *((ids, [-100] * len(ids)) for ids, _ in rest)])
@@ -449,15 +450,11 @@ def test_closed_targets_get_nothing_and_all_of_them_closed_is_refused(injection)
     layers = {layer.site: layer for layer in model.modules() if isinstance(layer, SiteLayer)}
     first, *others = targets_of(model)
     layers[first].adapter("default").factors.gate.zero_()
-    gradients = {}
     model(**padded(rows())).loss.backward()
-    up = objective_of(model).networks.echo_up.grad
-    for site, gradient in zip(
-        targets_of(model), up.split(list(objective_of(model).networks.sizes.values())), strict=True
-    ):
-        gradients[site] = float(gradient.abs().max())
-    assert gradients.pop(first) == 0
-    assert min(gradients.values()) > 0
+    networks = objective_of(model).networks
+    of_first, *of_others = networks.echo_up.grad.split(list(networks.sizes.values()))
+    assert torch.count_nonzero(of_first) == 0
+    assert all(gradient.any() for gradient in of_others)
     for site in others:
         layers[site].adapter("default").factors.gate.zero_()
     refused("has closed all of its .* target sites; set targets", lambda: model(**padded(rows())))

@@ -177,9 +177,9 @@ class TrainingBatch(Batch):
             real = torch.ones_like(learned) if attention is None else attention.bool().to(device)
             self.real, self.answer = real.flatten(), learned.flatten()
             self.rows = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]
+            if attention is None and any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "position_ids")):
+                self.answer = self.answer | _masked_starts(self.sequence, self.answer)
         self.sequences = int(self.sequence[-1]) + 1
-        if self.sequences > len(self.labels) and packed is None:
-            self.answer = self.answer | _masked_starts(self.sequence, self.answer)
 
     def hidden(self, *, keep: bool = False) -> Tensor:
         """Run the backbone once and return its last hidden states at `rows`, (n, d); see `Batch`."""
@@ -217,7 +217,7 @@ class TrainingBatch(Batch):
 def _masked_starts(sequence: Tensor, learned: Tensor) -> Tensor:
     """Return (N,) the first tokens of sequences whose second is learned.
 
-    In one row of many sequences, collators mask all first tokens, which nothing predicts: that makes no prompt.
+    In a padding-free row, collators mask all first tokens, which nothing predicts: that makes no prompt.
     """
     same = sequence[1:] == sequence[:-1]
     starts = torch.nn.functional.pad(~same, (1, 0), value=True)
