@@ -59,7 +59,8 @@ class EchoObjective(Objective):
         self.means = Means()
         self.networks: EchoNetworks | None = None
         # in lists: their owner is the base model
-        self._blocks, self._model, self._sites = [blocks.modules], [init.model], [dict(init.sites)]
+        self._blocks, self._model = [blocks.modules], [init.model]
+        self._adapters = [{site: init.sites[site] for site in self.targets}]
         self._forced: bool | None = None
         self._seen = (0, 0)
         if options.signal != "none":
@@ -157,8 +158,8 @@ class EchoObjective(Objective):
         values, gates = self.networks(signal)
         self.means.add("gate", gates)
         draws = torch.rand(len(self.targets), generator=seeded(self.seed, self.step, "targets"))
-        drawn = (site for site, draw in zip(self.targets, draws, strict=True) if draw >= self.options.target_dropout)
-        kept = self._open_targets().intersection(drawn)
+        opened, least = self._open_targets(), self.options.target_dropout
+        kept = [site for site, draw in zip(self.targets, draws, strict=True) if site in opened and draw >= least]
         return Pass(
             again.tokens,
             again.rows,
@@ -174,8 +175,7 @@ class EchoObjective(Objective):
         Raises:
             UserError: when there is none.
         """
-        sites = self._sites[0]
-        found = {site for site in self.targets if not sites[site].factors.closed}
+        found = {site for site, adapter in self._adapters[0].items() if not adapter.factors.closed}
         if not found:
             raise UserError(
                 f"{_OWNER} could not act: the allocation has closed all of its {len(self.targets)} target sites; set "
@@ -233,16 +233,16 @@ class EchoObjective(Objective):
 
     def _weights(self) -> Weights:
         """Return the weights of the step: λ_kd rises over the ramp."""
-        options, ramp = self.options, self.options.ramp
-        distills = options.probability > 0 and options.weight_distillation > 0
-        if 0 < ramp < 1 and distills and self._forced is None:
+        options = self.options
+        ramp = options.ramp if options.probability > 0 and options.weight_distillation > 0 else 0
+        if 0 < ramp < 1 and self._forced is None:
             if self.total is None:
                 raise UserError(
                     f"{_OWNER} has a ramp of {ramp:g} of all steps, and nobody has said how many there will be: "
                     "train with a Trainer, or set ramp to a number of steps (0 for none)"
                 )
             ramp *= self.total
-        share = min(1.0, self.step / ramp) if ramp > 0 and distills else 1.0
+        share = min(1.0, self.step / ramp) if ramp > 0 else 1.0
         return Weights(options.weight_on, options.weight_off, options.weight_distillation * share, options.temperature)
 
     def _nothing(self, like: Tensor) -> Tensor:

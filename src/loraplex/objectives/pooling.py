@@ -57,9 +57,9 @@ class Pool:
         return cls(chosen, torch.bincount(batch.sequence[chosen], minlength=batch.sequences))
 
     def lacks_tokens(self, batch: Batch) -> bool:
-        """Tell whether there are samples, and none of them has a token to pool."""
-        samples = batch.samples
-        return len(samples) > 0 and not bool(self.counts[samples].any())
+        """Tell whether there is something to predict, and in no sequence with it a token to pool."""
+        counts = self.counts[batch.sequence[batch.rows]]
+        return len(counts) > 0 and not bool(counts.any())
 
     def take(self, boundary: int, hidden: Tensor) -> None:
         """Take the mean of the hidden states (..., d) of one boundary, as constants, in float32 at least."""
