@@ -54,7 +54,7 @@ def run(plan: Plan, dtype: DType) -> None:
         UserError: the harness is not installed, or the benchmark sets are not on this machine.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("the evaluation benchmark needs lm-evaluation-harness: pip install 'lm-eval>=0.4.13'")
+        raise UserError("the evaluation benchmark needs lm-evaluation-harness: pip install 'loraplex[eval]'")
     right = [example.answer for example in items()]
     beginning = results.header("evaluation", plan)
     size = {"items": 20, "items_a_round": 10} if plan.quick else {"items": 500, "items_a_round": 100}

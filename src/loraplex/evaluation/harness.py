@@ -36,7 +36,7 @@ def run_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            f"--lm-eval needs the package lm-eval ({error}); install it with: pip install 'lm-eval>=0.4.13'"
+            f"--lm-eval needs the package lm-eval ({error}); install it with: pip install 'loraplex[eval]'"
         ) from error
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
     for task in tasks:
