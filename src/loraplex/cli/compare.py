@@ -73,9 +73,9 @@ def _print(comparison: Comparison, summary: Summary) -> None:
 def _table(comparison: Comparison, summary: Summary) -> RenderableType:
     from rich.table import Table
 
-    table = Table(title=comparison.name, title_justify="left")
-    table.add_column("arm")
-    for heading in ("accuracy", "95 % interval", "between seeds", "parameters", "s/step"):
+    table = Table(title=comparison.name, title_justify="left", pad_edge=False)
+    table.add_column("arm", overflow="fold")
+    for heading in ("accuracy", "95 % interval", "between\nseeds", "parameters", "s/step"):
         table.add_column(heading, justify="right")
     if comparison.base is not None and comparison.base.accuracy is not None:
         table.add_row("base model", f"{comparison.base.accuracy:.3f}", "", "", "0", "", style="dim")
