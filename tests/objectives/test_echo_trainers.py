@@ -23,15 +23,15 @@ from tests.objectives.echoing import (
 from tests.reference import echo as oracle
 from tests.tuner.tiny_models import VOCABULARY, config, llama, logits, opt, same
 from tests.tuner.trainer_arguments import arguments as defaults
+from tests.tuner.trl_trainers import letters, other_loss
 from transformers import (
     DataCollatorForSeq2Seq,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import loraplex
 from loraplex import UserError
@@ -42,12 +42,7 @@ RANDOM = {"name": "echo", "probability": 0.6, "target_dropout": 0.2, "ramp": 0.5
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    letters = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .?:\n", *"0123456789"]
-    model = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="<pad>"))
-    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return letters()
 
 
 LENGTHS = [(3 + i % 4, 2 + (i * 5) % 6) for i in range(24)]
@@ -323,15 +318,21 @@ def test_dft_is_refused(tokenizer, tmp_path):
     refused("loss_type is 'dft', which reweights the loss of the objective 'echo'", trainer.train)
 
 
-def test_dpo_is_refused(tokenizer, tmp_path):
-    pairs = [{"prompt": f"what is {a}? ", "chosen": f"it is {a}.", "rejected": "no."} for a in range(8)]
-    trainer = DPOTrainer(
-        model=fresh(),
-        args=DPOConfig(**arguments(tmp_path, bf16=False, max_length=64)),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-    )
-    refused("DPO", trainer.train)
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
+def test_other_losses_of_trl_are_refused(name, tmp_path):
+    refused(name, other_loss(name, fresh(), tmp_path).train)
+
+
+@pytest.mark.parametrize("part", ["model", "blocks", "one linear"])
+def test_torch_compile_is_refused(part):
+    """It would run one pass compiled and the other not, and give other gradients without a word."""
+    model = fresh(options())
+    blocks = model.get_base_model().model.layers
+    for module in {"model": [model], "blocks": blocks, "one linear": [blocks[0].mlp.up_proj]}[part]:
+        module.compile(backend="eager")
+    refused("torch.compile.*torch_compile=False.*objective to plain", lambda: model(**padded(rows())))
+    with torch.no_grad():
+        model.eval()(**padded(rows()))
 
 
 def test_an_untyped_model_and_the_bare_base_model_are_refused():

@@ -1,4 +1,4 @@
-"""Trainers as they are: transformers.Trainer, TRL's SFTTrainer and DPOTrainer, with nothing of loraplex in between."""
+"""Trainers as they are: transformers.Trainer, TRL's for SFT, DPO, KTO and GRPO, with nothing of loraplex in between."""
 
 import json
 
@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.tuner.tiny_models import KINDS, VOCABULARY, adapted, bert, build, config, frozen_copy, llama, logits, same
 from tests.tuner.trainer_arguments import arguments
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from tests.tuner.trl_trainers import letters, other_loss
+from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import loraplex
@@ -20,14 +21,7 @@ EVERY = pytest.mark.parametrize("adapter", KINDS)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per letter: enough for every text below, within the tiny vocabulary."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    letters = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .?:\n", *"0123456789"]
-    assert len(letters) <= VOCABULARY
-    model = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="<pad>"))
-    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return letters()
 
 
 def rows(count=48, length=10):
@@ -244,3 +238,21 @@ def test_dpo_trainer(adapter, given, tokenizer, tmp_path):
         assert set(trained.peft_config) == {"default", "ref"}
         trained.set_adapter("ref")
         assert torch.equal(logits(trained), expected_reference)
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
+def test_other_losses_of_trl_go_as_with_stock_peft(adapter, name, tmp_path):
+    """The same start away from the initial point; GRPO generates in between, by the model's own probabilities."""
+    fresh(adapter, init_weights=False).save_pretrained(tmp_path / "start")
+    kinds, found = [], []
+    for load in (PeftModel.from_pretrained, loraplex.load_adapter):
+        model = load(build("llama"), tmp_path / "start", is_trainable=True)
+        run = other_loss(name, model, tmp_path / "run")
+        run.train()
+        kinds.append(type(model.base_model).__name__)
+        found.append([[entry["loss"], entry["grad_norm"]] for entry in run.state.log_history if "loss" in entry])
+    assert kinds == ["LoraModel", "LoraplexTuner"]
+    stock, ours = map(torch.tensor, found)
+    assert (stock[:, 1] > 0).sum() >= 3  # a group of equal rewards teaches GRPO nothing
+    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)

@@ -17,10 +17,24 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from loraplex.adapters.contracts import Rate, SiteAdapter
+from loraplex.errors import UserError
 from loraplex.processes import several_processes
 
 if TYPE_CHECKING:
     from loraplex.kernels.distilled_head import Distilled, Weights
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def refuse_compiling() -> None:
+    """Raise outside of what is compiled: in there, an error makes the compiler run the same code uncompiled.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "an objective cannot train under torch.compile, which mixes up its passes: leave it out (torch_compile=False), "
+        "or set the adapter's objective to plain"
+    )
 
 
 @dataclass(frozen=True)

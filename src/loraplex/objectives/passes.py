@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, SiteAdapter, SiteInput
 from loraplex.errors import UserError
+from loraplex.objectives.contracts import refuse_compiling
 from loraplex.processes import several_processes
 
 _FUNCTION = "_gradient_checkpointing_func"
@@ -68,8 +69,11 @@ class Port(SiteInput):
         additive: a' = a + v; multiplicative: a' = a ⊙ (1 + v), a = drop(x) Aᵀ in the rank space; output: y' = y + v.
 
         Raises:
-            UserError: when gradients are wanted of a forward pass that the objective knows nothing of.
+            UserError: when gradients are wanted of a forward pass that the objective knows nothing of, and under
+                torch.compile, which would mix up the passes.
         """
+        if torch.compiler.is_compiling():
+            refuse_compiling()
         current = self.stage.current
         if current is None:
             if torch.is_grad_enabled():

@@ -1,0 +1,44 @@
+"""TRL's trainers whose loss is not that of the labels alone, and a tokenizer of single letters for tiny models."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tests.tuner.tiny_models import VOCABULARY
+from tests.tuner.trainer_arguments import arguments
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+
+PROMPTS = [f"what is {a} and 3? " for a in range(8)]
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that is enough for every text of the tests, within the tiny vocabulary."""
+    known = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .?:\n", *"0123456789"]
+    assert len(known) <= VOCABULARY
+    model = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(known)}, unk_token="<pad>"))
+    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def length_of(completions: list[str], **_: Any) -> list[float]:
+    """Reward completions by their length and their vowels: no two of a group are worth the same for long."""
+    return [len(text) + sum(map(text.count, "aeiou")) for text in completions]
+
+
+def other_loss(name: str, model: Any, folder: Path, **overrides: Any) -> Trainer:
+    """Return the trainer of that name (DPO, KTO, GRPO) on a handful of rows."""
+    given = arguments(folder, max_steps=4, bf16=False, **overrides)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    kind: Any
+    if name == "DPO":
+        kind, args = DPOTrainer, DPOConfig(max_length=64, **given)
+        rows = [{**row, "chosen": "it is 4.", "rejected": "no."} for row in rows]
+    elif name == "KTO":
+        kind, args = KTOTrainer, KTOConfig(max_length=64, **given)
+        rows = [{**row, "completion": "it is 4.", "label": place % 3 > 0} for place, row in enumerate(rows)]
+    else:
+        kind = lambda **settings: GRPOTrainer(reward_funcs=length_of, **settings)  # noqa: E731
+        args = GRPOConfig(max_completion_length=6, num_generations=2, beta=0.1, temperature=0.7, **given)
+    return kind(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=letters())
