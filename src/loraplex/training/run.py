@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -58,6 +57,20 @@ class _Run:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What a run trains, and on what."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    model: PeftModel
+    trainer: WatchedTrainer
+    identity: dict[str, Any]
+    """Of the base model."""
+    resident: int
+    """Bytes in use after the base model was loaded."""
+
+
 def train(
     recipe: Recipe,
     *,
@@ -80,58 +93,15 @@ def train(
     """
     # Usage statistics are the user's to give.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from loraplex.models.loading import load_tokenizer
     from loraplex.training import preparation
-    from loraplex.training.arguments import trainer_arguments
-    from loraplex.training.base_model import describe_base
-    from loraplex.training.flops import flops_per_token
-    from loraplex.training.memory import start_peak
 
     recipe, settled = _settle(preparation.resolve(recipe), resume, overwrite, say)
     run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
-    # Names and values first: they cost nothing, the model does.
-    trainer_arguments(recipe, run.folder.checkpoints)
-    with run.timed("data"):
-        tokenizer = load_tokenizer(recipe.model.name)
-        rows = preparation.read_rows(recipe, tokenizer)
-    say("rows", _rows_line(rows))
-    with run.timed("loading"):
-        base = preparation.load_base(recipe)
-    identity = describe_base(base, recipe.model.name)
-    resident = start_peak()
-    model = preparation.add_adapter(recipe, base)
-    trainer = preparation.build_trainer(recipe, model, tokenizer, rows, run.folder.checkpoints)
+    loaded = _load(run)
     run.folder.open(recipe, resume=resume)
     if settled:
         write_json(run.folder.settled, [choice.evidence for choice in settled])
-    parameters = _parameters(model)
-    say("adapter", _parameters_line(model, parameters))
-    before = _measure_before(run, model, tokenizer, rows)
-    # An objective is gone after training, so is what its steps cost.
-    operations = flops_per_token(trainer) if count_flops and _has_objective(model) else None
-    memory = {"resident_before_bytes": start_peak(), "resident_after_loading_bytes": resident}
-    trained = _fit(run, trainer, resume)
-    memory["peak_bytes"] = trained.pop("peak_bytes")
-    if count_flops and operations is None:
-        operations = flops_per_token(trainer)
-    reloaded, reload = _save(run, model, rows, identity)
-    parameters["deployed"] = _deployed(run, model)
-    if trained["allocation"]:
-        _draw_ranks(run, _plan(model), trained["allocation"])
-    after = _measure(run, "after", reloaded, tokenizer, rows)
-    routing = _write_routing(run, reloaded, tokenizer, rows, trainer)
-    metrics = {
-        **trained,
-        "accuracy": {"before": before.summary if before else None, "after": after.summary if after else None},
-        "parameters": parameters,
-        "rows": _row_counts(rows),
-        "memory": memory,
-        "flops_per_token": operations,
-        **({"routing": routing} if routing else {}),
-        "seconds": run.seconds,
-        "reload": reload,
-        "base_model": identity,
-    }
+    metrics = _train_and_measure(run, loaded, resume, count_flops)
     _write_reports(run, metrics)
     return RunResult(run.folder.path, run.folder.adapter, metrics)
 
@@ -152,6 +122,72 @@ def _settle(
     if resume:
         folder.check(recipe, resume=resume, overwrite=overwrite)
     return recipe, settled
+
+
+def _load(run: _Run) -> _Loaded:
+    """Read the rows, load the model, add the adapter and build the trainer."""
+    from loraplex.models.loading import load_tokenizer
+    from loraplex.training import preparation
+    from loraplex.training.arguments import trainer_arguments
+    from loraplex.training.base_model import describe_base
+    from loraplex.training.counts import rows_line
+    from loraplex.training.memory import start_peak
+
+    recipe, checkpoints = run.recipe, run.folder.checkpoints
+    # Names and values first: they cost nothing, the model does.
+    trainer_arguments(recipe, checkpoints)
+    with run.timed("data"):
+        tokenizer = load_tokenizer(recipe.model.name)
+        rows = preparation.read_rows(recipe, tokenizer)
+    run.say("rows", rows_line(rows))
+    with run.timed("loading"):
+        base = preparation.load_base(recipe)
+    identity = describe_base(base, recipe.model.name)
+    resident = start_peak()
+    model = preparation.add_adapter(recipe, base)
+    trainer = preparation.build_trainer(recipe, model, tokenizer, rows, checkpoints)
+    return _Loaded(tokenizer, rows, model, trainer, identity, resident)
+
+
+def _train_and_measure(run: _Run, loaded: _Loaded, resume: bool, count_flops: bool) -> dict[str, Any]:
+    """Train, save and measure, and return the metrics."""
+    from loraplex.training.counts import deployed_parameters, open_ranks, parameter_counts, parameters_line, row_counts
+    from loraplex.training.flops import flops_per_token
+    from loraplex.training.memory import start_peak
+
+    model, trainer = loaded.model, loaded.trainer
+    parameters = parameter_counts(model)
+    run.say("adapter", parameters_line(model, parameters))
+    before = _measure_before(run, loaded)
+    # An objective is gone after training, so is what its steps cost.
+    operations = flops_per_token(trainer) if count_flops and _has_objective(model) else None
+    memory = {"resident_before_bytes": start_peak(), "resident_after_loading_bytes": loaded.resident}
+    trained = _fit(run, trainer, resume)
+    memory["peak_bytes"] = trained.pop("peak_bytes")
+    if count_flops and operations is None:
+        operations = flops_per_token(trainer)
+    plan = open_ranks(model)
+    if plan is not None:
+        plan.save(run.folder.plan)
+    reloaded, reload = _save(run, loaded)
+    parameters["deployed"] = deployed_parameters(model, run.folder.adapter)
+    if trained["allocation"]:
+        assert plan is not None
+        _draw_ranks(run, plan, trained["allocation"])
+    after = _measure(run, "after", reloaded, loaded)
+    routing = _write_routing(run, reloaded, loaded)
+    return {
+        **trained,
+        "accuracy": {"before": before.summary if before else None, "after": after.summary if after else None},
+        "parameters": parameters,
+        "rows": row_counts(loaded.rows),
+        "memory": memory,
+        "flops_per_token": operations,
+        **({"routing": routing} if routing else {}),
+        "seconds": run.seconds,
+        "reload": reload,
+        "base_model": loaded.identity,
+    }
 
 
 def _fit(run: _Run, trainer: WatchedTrainer, resume: bool) -> dict[str, Any]:
@@ -222,45 +258,43 @@ def _is_last(checkpoint: Path) -> bool:
     return int(state["global_step"]) >= int(state["max_steps"])
 
 
-def _save(run: _Run, model: PeftModel, rows: Rows, identity: dict[str, Any]) -> tuple[PeftModel, dict[str, Any]]:
-    """Write plan and adapter and return the adapter as it was read back."""
+def _save(run: _Run, loaded: _Loaded) -> tuple[PeftModel, dict[str, Any]]:
+    """Write the adapter and return it as it was read back."""
     from torch.nn import Module
 
     from loraplex.training.preparation import load_base
     from loraplex.training.saving import save_checked
 
-    if _is_ours(model):
-        _plan(model).save(run.folder.plan)
-    token_ids = [row["input_ids"] for row in rows.train.rows]
+    token_ids = [row["input_ids"] for row in loaded.rows.train.rows]
 
     def fresh_base() -> PreTrainedModel:
         # another fresh head than the run's: one that was not saved would show
         base = load_base(run.recipe, head_seed=run.recipe.seed + 1)
-        Module.to(base, model.device)
+        Module.to(base, loaded.model.device)
         return base
 
     with run.timed("saving"):
-        reloaded, reload = save_checked(model, run.folder.adapter, token_ids, identity, fresh_base)
+        reloaded, reload = save_checked(loaded.model, run.folder.adapter, token_ids, loaded.identity, fresh_base)
     run.say("saved", f"{run.folder.adapter}, reloaded and compared on {reload.rows} rows: {reload}")
     return reloaded, asdict(reload)
 
 
-def _measure_before(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Measured | None:
+def _measure_before(run: _Run, loaded: _Loaded) -> Measured | None:
     if not run.recipe.evaluation.before or run.recipe.model.classifies:
         return None
     # The adapter is off, which is the base model bit for bit.
-    with model.disable_adapter():
-        return _measure(run, "before", model, tokenizer, rows)
+    with loaded.model.disable_adapter():
+        return _measure(run, "before", loaded.model, loaded)
 
 
-def _measure(run: _Run, when: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Measured | None:
-    """Measure on the test rows, keep every item in a file, and say the accuracy."""
-    if not rows.test:
+def _measure(run: _Run, when: str, model: PeftModel, loaded: _Loaded) -> Measured | None:
+    """Measure a model on the test rows, keep every item in a file, and say the accuracy."""
+    if not loaded.rows.test:
         return None
     from loraplex.training.measuring import measure
 
     with run.timed(f"evaluation_{when}"):
-        measured = measure(model, tokenizer, rows.test, run.recipe.evaluation, run.progress)
+        measured = measure(model, loaded.tokenizer, loaded.rows.test, run.recipe.evaluation, run.progress)
     measured.write(run.folder.evaluation / f"{when}.jsonl")
     run.say(when, str(measured))
     return measured
@@ -275,18 +309,16 @@ def _watch_routing(trainer: WatchedTrainer) -> RoutingWatch:
     return watch
 
 
-def _write_routing(
-    run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, trainer: WatchedTrainer
-) -> dict[str, float] | None:
+def _write_routing(run: _Run, model: PeftModel, loaded: _Loaded) -> dict[str, float] | None:
     """Write how the finished adapter routes its rows and return the overview; None where it routes nothing."""
     from loraplex.training.routing import routed_rows, write_routing
 
-    if trainer.routing is None:
+    if loaded.trainer.routing is None:
         return None
     title = f"{run.recipe.adapter_name} on {run.recipe.model.name}"
     with run.timed("routing"):
-        chosen = routed_rows(run.recipe, rows, tokenizer)
-        return write_routing(run.folder, model, chosen, trainer.state.log_history, title)
+        chosen = routed_rows(run.recipe, loaded.rows, loaded.tokenizer)
+        return write_routing(run.folder, model, chosen, loaded.trainer.state.log_history, title)
 
 
 def _write_reports(run: _Run, metrics: dict[str, Any]) -> None:
@@ -314,76 +346,3 @@ def _draw_ranks(run: _Run, plan: Plan, decisions: Sequence[Mapping[str, Any]]) -
     remark = f"; {last['remark']}" if last["remark"] else ""
     adapted = f"{len(plan.adapted)} of {len(plan.ranks)} sites"
     run.say("ranks", f"{adapted}, {spent}, picture in {run.folder.ranks_plot}{remark}")
-
-
-def _plan(model: PeftModel) -> Plan:
-    """Return the ranks as they are now, closed ones not counted."""
-    from loraplex.allocation.plan import Plan
-    from loraplex.tuner.model import LoraplexTuner
-
-    assert isinstance(model.base_model, LoraplexTuner)
-    layers = model.base_model.adapter_layers(model.active_adapter)
-    return Plan({layer.site: layer.adapter(model.active_adapter).factors.open_ranks for layer in layers})
-
-
-def _is_ours(model: PeftModel) -> bool:
-    from loraplex.tuner.model import LoraplexTuner
-
-    return isinstance(model.base_model, LoraplexTuner)
-
-
-def _parameters(model: PeftModel) -> dict[str, Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from loraplex.training.preparation import head_size
-
-    trainable, total = model.get_nb_trainable_parameters()
-    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
-    sites = len(_plan(model).adapted) if _is_ours(model) else adapted
-    head = {"head": size} if (size := head_size(model)) else {}
-    return {"sites": sites, "trainable": trainable, **head, "total": total, "share": trainable / total}
-
-
-def _parameters_line(model: PeftModel, parameters: Mapping[str, Any]) -> str:
-    from loraplex.tuner.counting import count_parameters
-
-    head = f" ({parameters['head']:,} of them its head)" if "head" in parameters else ""
-    line = "{sites} sites, {trainable:,} trainable parameters{of_head}, {share:.2%} of the model".format(
-        **parameters, of_head=head
-    )
-    counted = count_parameters(model)
-    return line if counted.budget is None else f"{line}; {counted}"
-
-
-def _deployed(run: _Run, model: PeftModel) -> int:
-    """Return how many of the trained parameters are left after an allocation, ours or PEFT's: closed ranks are not."""
-    from safetensors import safe_open
-
-    from loraplex.training.stock import allocates
-    from loraplex.tuner.counting import count_parameters
-
-    if not allocates(model):
-        return count_parameters(model).open
-    # PEFT's live modules keep the ranks that it masks, its file does not
-    with safe_open(run.folder.adapter / "adapter_model.safetensors", "pt") as file:
-        names = file.keys()
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-
-
-def _row_counts(rows: Rows) -> dict[str, int]:
-    return {
-        "train": len(rows.train.rows),
-        "truncated": rows.train.truncated,
-        "dropped": rows.train.dropped,
-        "validation": len(rows.validation.rows) if rows.validation else 0,
-        "test": len(rows.test),
-        "train_tokens": sum(len(row["input_ids"]) for row in rows.train.rows),
-    }
-
-
-def _rows_line(rows: Rows) -> str:
-    counts = _row_counts(rows)
-    words = {"truncated": "cut to length", "dropped": "dropped"}
-    cut = [f"{counts[key]} {word}" for key, word in words.items() if counts[key]]
-    losses = f" ({', '.join(cut)})" if cut else ""
-    return f"{counts['train']:,} to train on{losses}, {counts['test']:,} to test on"
