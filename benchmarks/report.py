@@ -61,7 +61,8 @@ def run(folder: Path) -> None:
     found = {name: results.read(name, folder) for name in _COMMANDS}
     plots.draw({name: result for name, result in found.items() if result}, PAGE.parent / "performance")
     for name, result in found.items():
-        repeat = f"Repeat with `python -m benchmarks {_COMMANDS[name]}`."
+        rounds = f" --rounds {result['rounds']}" if result else ""
+        repeat = f"Repeat with `python -m benchmarks {_COMMANDS[name]}{rounds}`."
         body = "Not measured yet." if result is None else "\n\n".join([*_SECTIONS[name](result), _ran_on(result)])
         text = _filled(text, name, f"{body}\n\n{repeat}")
     PAGE.write_text(text, encoding="utf-8")
