@@ -27,9 +27,13 @@ ARMS = """arms:
 """
 
 
-def write(folder: Path, model: Path, arms: str = ARMS, extra: str = "seeds: [0, 1]\nmatch: lora r=4\n") -> Path:
-    """Write a comparison over the rows of the tiny recipe."""
+def write(
+    folder: Path, model: Path, arms: str = ARMS, extra: str = "seeds: [0, 1]\nmatch: lora r=4\n", tested: bool = True
+) -> Path:
+    """Write a comparison over the rows of the tiny recipe; without test rows nothing is measured, which is quicker."""
     shared = write_tiny_recipe(folder, model).read_text().replace("max_steps: 6", "max_steps: 4")
+    if not tested:
+        shared = re.sub(r", test: [^}]*}", "}", shared)
     path = folder / "comparison.yaml"
     path.write_text(f"# A tiny comparison.\n\n{shared}{extra}{arms}".replace(str(folder / "run"), str(folder / "out")))
     return path
@@ -150,7 +154,7 @@ def test_a_failing_arm_ends_none_of_the_others(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arms = "arms:\n  diverges: {adapter: lora, training: {learning_rate: 1e30, max_grad_norm: 0}}\n  lora: lora\n"
-    path = write(tmp_path, tiny_model, arms, "seeds: [3]\nreference: lora\n")
+    path = write(tmp_path, tiny_model, arms, "seeds: [3]\nreference: lora\n", tested=False)
     assert main(["compare", str(path), "--quiet"]) == 1
     shown = capsys.readouterr()
     failure = r"1 runs failed: diverges seed 3 \(the loss is (nan|inf) .*\); the same command tries them again"
@@ -181,7 +185,7 @@ def test_learning_rates_are_chosen_on_validation_rows_alone(tiny_model: Path, tm
 @pytest.mark.slow
 def test_equal_compute_gives_the_cheaper_arm_more_steps(tiny_model: Path, tmp_path: Path) -> None:
     arms = "arms:\n  small: {adapter: {r: 1}}\n  large: {adapter: {r: 16}}\n"
-    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\nmatch: compute\n")))
+    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\nmatch: compute\n", tested=False)))
     small, large = found.arm("small").runs[0], found.arm("large").runs[0]
     assert large.steps == 4
     assert small.steps > 4
@@ -194,7 +198,7 @@ def test_one_arm_alone_gets_the_compute_of_another(tiny_model: Path, tmp_path: P
     """Two of three steps go through the model twice: the plain arm has 5/3 of the steps, the third arm its own."""
     echo = "{name: echo, targets: [0], sources: [2], probability: 0.6667, second_pass: full}"
     arms = f"arms:\n  lora: lora\n  equal: {{compute_of: echo}}\n  echo: {{adapter: {{objective: {echo}}}}}\n"
-    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\n")))
+    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\n", tested=False)))
     assert [found.arm(name).runs[0].state for name in ("lora", "equal", "echo")] == ["finished"] * 3
     assert [found.arm(name).runs[0].steps for name in ("lora", "equal", "echo")] == [4, 7, 4]
 
@@ -260,9 +264,8 @@ def test_compute_of_what_has_no_steps_of_its_own_is_refused(
 
 @pytest.mark.slow
 def test_without_test_rows_it_trains_and_reports(tiny_model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path, tiny_model, "arms:\n  lora: lora\n  peft: {peft: {peft_type: LORA}}\n", "seeds: [0]\n")
-    path.write_text(re.sub(r", test: [^}]*}", "}", path.read_text()))
-    found = compare(read_comparison(path))
+    arms = "arms:\n  lora: lora\n  peft: {peft: {peft_type: LORA}}\n"
+    found = compare(read_comparison(write(tmp_path, tiny_model, arms, "seeds: [0]\n", tested=False)))
     assert found.base is None
     assert [arm.runs[0].state for arm in found.arms] == ["finished"] * 2
     assert found.arms[0].runs[0].accuracy is None
