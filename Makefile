@@ -17,7 +17,7 @@ help:
 	@echo "make demo    train an adapter on the embedded model and watch it get better (five minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint and types"
-	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (an hour on an idle machine)"
+	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (two hours on an idle machine)"
 	@echo "make setup   install into .venv; the others do it by themselves"
 	@echo "make clean   remove .venv and what the tools left behind"
 
