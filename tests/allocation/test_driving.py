@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.allocation.moving import DYNAMIC, MOVING, PROPORTIONAL, ROWS, adapted, arguments, state, step, train
 from tests.allocation.scenes import batches
 from tests.tuner.tiny_models import llama
+from tests.tuner.trl_trainers import letters
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from loraplex import AdapterConfig, ALoRA, Hetero, drive_allocation
@@ -180,20 +181,11 @@ def test_an_unmodified_sft_trainer_drives_too(tmp_path: Path) -> None:
         ),
         train_dataset=Dataset.from_list(tokens),
         peft_config=config,
-        processing_class=_tokenizer(),
+        processing_class=letters(),
     )
     trainer.train()
     assert [entry["step"] for entry in decisions(trainer.state.log_history)] == [0, 2]
     assert trainer.model.peft_config["default"].finished_ranks is not None
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{index}": index for index in range(64)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w1")), pad_token="w0", eos_token="w2")
 
 
 @pytest.mark.parametrize("by", ["site", "kind"])

@@ -1,7 +1,5 @@
 """Ranks that are closed stand still, and what an optimizer keeps of those that open again."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tests.allocation.moving import MOVING, adapted, step
@@ -10,7 +8,7 @@ from tests.allocation.scenes import batches
 from loraplex import Hetero, drive_allocation
 
 
-def test_the_magnitude_of_a_site_that_is_off_stays(tmp_path: Path) -> None:
+def test_the_magnitude_of_a_site_that_is_off_stays() -> None:
     """Also on the plain path, where its gradient is zeros and decay would move it."""
     model = adapted(Hetero(batches=2), adapter="dora").train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05, weight_decay=0.5)

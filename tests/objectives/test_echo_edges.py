@@ -4,16 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tests.objectives.echo_trainers import fresh, run
-from tests.objectives.echoing import (
-    BLOCKS,
-    echoing,
-    flattened,
-    objective_of,
-    options,
-    padded,
-    rows,
-    targets_of,
-)
+from tests.objectives.echoing import BLOCKS, echoing, flattened, objective_of, options, padded, rows, targets_of
 from tests.tuner.tiny_models import VOCABULARY, config, llama, opt
 from tests.tuner.trl_trainers import other_loss
 from transformers import T5Config, T5ForConditionalGeneration

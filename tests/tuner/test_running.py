@@ -84,7 +84,7 @@ def test_compiled_model_is_one_graph_and_flipping_a_gate_does_not_compile_again(
 def test_compiled_training_step_has_the_same_gradients(adapter):
     model = move(get_peft_model(llama(num_hidden_layers=1), config(adapter=adapter))).train()
     expected = gradients(model)
-    model.base_model.model.forward = torch.compile(model.base_model.model.forward, backend="eager", fullgraph=True)
+    model.base_model.forward = torch.compile(model.base_model.forward, backend="eager", fullgraph=True)
     found = gradients(model)
     assert found.keys() == expected.keys()
     for key, value in expected.items():

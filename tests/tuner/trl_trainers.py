@@ -30,15 +30,13 @@ def length_of(completions: list[str], **_: Any) -> list[float]:
 def other_loss(name: str, model: Any, folder: Path, **overrides: Any) -> Trainer:
     """Return the trainer of that name (DPO, KTO, GRPO) on a handful of rows."""
     given = arguments(folder, max_steps=4, bf16=False, **overrides)
-    rows = [{"prompt": prompt} for prompt in PROMPTS]
-    kind: Any
+    common = {"model": model, "processing_class": letters()}
     if name == "DPO":
-        kind, args = DPOTrainer, DPOConfig(max_length=64, **given)
-        rows = [{**row, "chosen": "it is 4.", "rejected": "no."} for row in rows]
-    elif name == "KTO":
-        kind, args = KTOTrainer, KTOConfig(max_length=64, **given)
-        rows = [{**row, "completion": "it is 4.", "label": place % 3 > 0} for place, row in enumerate(rows)]
-    else:
-        kind = lambda **settings: GRPOTrainer(reward_funcs=length_of, **settings)  # noqa: E731
-        args = GRPOConfig(max_completion_length=6, num_generations=2, beta=0.1, temperature=0.7, **given)
-    return kind(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=letters())
+        rows = [{"prompt": prompt, "chosen": "it is 4.", "rejected": "no."} for prompt in PROMPTS]
+        return DPOTrainer(args=DPOConfig(max_length=64, **given), train_dataset=Dataset.from_list(rows), **common)
+    if name == "KTO":
+        told = [{"prompt": PROMPTS[i], "completion": "it is 4.", "label": i % 3 > 0} for i in range(len(PROMPTS))]
+        return KTOTrainer(args=KTOConfig(max_length=64, **given), train_dataset=Dataset.from_list(told), **common)
+    args = GRPOConfig(max_completion_length=6, num_generations=2, beta=0.1, temperature=0.7, **given)
+    prompts = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    return GRPOTrainer(reward_funcs=length_of, args=args, train_dataset=prompts, **common)

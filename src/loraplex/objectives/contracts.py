@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from loraplex.kernels.distilled_head import Distilled, Weights
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def refuse_compiling() -> None:
-    """Raise outside of what is compiled: in there, an error makes the compiler run the same code uncompiled.
+    """Refuse to be compiled.
 
     Raises:
-        UserError: always.
+        UserError: where torch.compile traces this call.
     """
+    if torch.compiler.is_compiling():
+        _say_compiling()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _say_compiling() -> None:
+    """Raise outside of what is compiled: in there, an error makes the compiler run the same code uncompiled."""
     raise UserError(
         "an objective cannot train under torch.compile, which mixes up its passes: leave it out (torch_compile=False), "
         "or set the adapter's objective to plain"

@@ -72,8 +72,7 @@ class Port(SiteInput):
             UserError: when gradients are wanted of a forward pass that the objective knows nothing of, and under
                 torch.compile, which would mix up the passes.
         """
-        if torch.compiler.is_compiling():
-            refuse_compiling()
+        refuse_compiling()
         current = self.stage.current
         if current is None:
             if torch.is_grad_enabled():

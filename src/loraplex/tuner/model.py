@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loraplex.adapters.contracts import Rate
 from loraplex.allocation.sites import EDGES
 from loraplex.errors import UserError, nearest
-from loraplex.objectives.contracts import Objective, refuse_compiling
+from loraplex.objectives.contracts import Objective
 from loraplex.tuner import (
     closed_ranks,
     fused_head,
@@ -162,14 +162,13 @@ class LoraplexTuner(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model, or answer a trainer that asks for less than all logits: `fused_head`, `label_loss`."""
-        objective = objectives.acting(self) if self.training and torch.is_grad_enabled() else None
-        if objective is not None and torch.compiler.is_compiling():
-            refuse_compiling()
-        if not torch.compiler.is_compiling():
-            config = next(iter(self.peft_config.values()))
-            assert isinstance(config, AdapterConfig)
+        config = next(iter(self.peft_config.values()))
+        assert isinstance(config, AdapterConfig)
+        if self.training and torch.is_grad_enabled():
+            objective = objectives.acting(self)
             if objective is not None:
                 return objective_forward.answer(self.model, objective, args, kwargs, config.padding_free)
+        if not torch.compiler.is_compiling():
             output = None
             if fused_head.enabled(kwargs):
                 output = fused_head.answer(self.model, args, kwargs, config.padding_free)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Distilled, Weights, distilled_log_probs
 from loraplex.kernels.packed_attention import KeyMemory
-from loraplex.objectives.contracts import Again, Batch, Objective
+from loraplex.objectives.contracts import Again, Batch, Objective, refuse_compiling
 from loraplex.tuner import fused_head, second_pass
 from loraplex.tuner.labeled import IGNORED, Head, Labeled, first_look, frozen_head, labeled
 
@@ -37,6 +37,7 @@ def answer(
         UserError: when the caller asks for something that the objective's loss is not, or the model is not one whose
             logits are a frozen linear map of its last hidden state; and whatever the objective raises.
     """
+    refuse_compiling()
     labels = kwargs.get("labels")
     if not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
         raise UserError(
