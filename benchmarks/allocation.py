@@ -33,7 +33,7 @@ STEPS: dict[str, TrainingWork] = {
         _OURS,
         allocation={"name": "hetero", "share": 0.25, "batches": 1, "ranks": "proportional", "unit": "parameters"},
     ),
-    "alora": replace(_OURS, allocation={"name": "alora", "first": 9000, "in_steps": True, "rounds": _ROUNDS}),
+    "alora": replace(_OURS, allocation={"name": "alora", "warmup_epochs": 9000, "in_steps": True, "rounds": _ROUNDS}),
     "ours-lora-room": replace(_OURS, rank=_OURS.rank + _ROUNDS),
 }
 """`hetero-all` keeps every site: what an allocation costs by itself. `hetero-quarter` has bypassed sites, of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.training_worker import adapter_config, padded
 from benchmarks.turns import Turns
 from benchmarks.workload import BATCH, MODEL, THREADS, TrainingWork, batches, training_rows
-from loraplex import drive_allocation
+from loraplex import start_allocation
 from loraplex.allocation.contracts import Batch
 from loraplex.allocation.proxies import Scoring, score
 from loraplex.models.loading import load_model, load_tokenizer
@@ -82,7 +82,7 @@ def _passes(adapted: PeftModel, data: list[Batch]) -> Callable[[], None]:
 
 
 def _score(proxy: str, adapted: PeftModel, data: list[Batch]) -> Callable[[], None]:
-    scene = drive_allocation(adapted, data, total_steps=10_000).scene()
+    scene = start_allocation(adapted, data, total_steps=10_000).scene()
     how = Scoring(init="random" if proxy == "snip" else "own")
 
     def once() -> None:

@@ -100,8 +100,9 @@ def _layers(case: Case, base: nn.Linear) -> tuple[nn.Module, nn.Module]:
     from loraplex import AdapterConfig
     from loraplex.tuner.layer import SiteLayer
 
-    mine = AdapterConfig(adapter=case.adapter, r=RANK, alpha=ALPHA, target_modules=["site"], init_weights=False)
-    theirs = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["site"], use_dora=case.adapter == "dora")
+    fields = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["site"]}
+    mine = AdapterConfig(adapter=case.adapter, init_lora_weights=False, **fields)
+    theirs = LoraConfig(use_dora=case.adapter == "dora", **fields)
     ours, peers = (
         get_peft_model(_Holder(base), config).get_submodule("base_model.model.site") for config in (mine, theirs)
     )

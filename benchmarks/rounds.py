@@ -102,7 +102,7 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        return self.answer()
+        return self.is_target()
 
 
 def alternate(

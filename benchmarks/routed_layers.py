@@ -106,8 +106,14 @@ def _ours(base: nn.Linear, dropout: float) -> nn.Module:
 
     from loraplex import AdapterConfig
 
-    fields = {"r": RANK, "alpha": ALPHA, "lora_dropout": dropout, "target_modules": ["site"], "init_weights": False}
-    config = AdapterConfig(adapter={"name": "hydra", "heads": HEADS}, **fields)
+    fields = {
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": dropout,
+        "target_modules": ["site"],
+        "init_lora_weights": False,
+    }
+    config = AdapterConfig(adapter={"name": "hydra", "heads": HEADS}, init_lora_weights=False, **fields)
     holder = nn.ModuleDict({"site": base})
     return get_peft_model(holder, config).get_submodule("base_model.model.site")
 

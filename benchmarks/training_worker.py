@@ -65,7 +65,7 @@ def adapter_config(work: TrainingWork) -> PeftConfig:
             adapter=work.adapter,
             allocation=work.allocation,
             r=work.rank,
-            alpha=ALPHA,
+            lora_alpha=ALPHA,
             target_modules=list(work.kinds),
             task_type="CAUSAL_LM",
             **({"objective": work.objective} if work.objective else {}),

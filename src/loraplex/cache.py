@@ -35,7 +35,7 @@ def write_whole(file: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def nothing_kept() -> Iterator[None]:
+def cache_disabled() -> Iterator[None]:
     """Keep nothing that is made in this block: it belongs to weights that nobody will see again."""
     token = _KEEPING.set(False)
     try:
@@ -44,7 +44,7 @@ def nothing_kept() -> Iterator[None]:
         _KEEPING.reset(token)
 
 
-def keeping() -> bool:
+def cache_enabled() -> bool:
     """Whether what is made now is worth keeping."""
     return _KEEPING.get()
 

@@ -280,7 +280,7 @@ def test_closed_ranks_get_no_gradient():
 @pytest.mark.parametrize("router", ["frozen", "uniform"])
 def test_a_router_that_does_not_learn_is_no_parameter(router: str, tmp_path: Path) -> None:
     adapter = {"name": "hydra", "heads": 3, "router": router}
-    options = AdapterConfig(adapter=adapter, r=2, target_modules=["q_proj"], init_weights=False, seed=0)
+    options = AdapterConfig(adapter=adapter, r=2, target_modules=["q_proj"], init_lora_weights=False, seed=0)
     model = get_peft_model(llama(), options)
     layer = next(model.base_model.site_layers())
     assert not any("lora_route" in name for name, _ in model.named_parameters())
@@ -298,7 +298,7 @@ def test_heads_left_open_need_training_rows() -> None:
     with pytest.raises(UserError, match="heads is 'auto' without training rows: give a number"):
         get_peft_model(llama(), left_open)
     texts, _ = prompts(3)
-    found = Heads(heads="auto").settle(lambda: texts, 0)
+    found = Heads(heads="auto").resolve_from_data(lambda: texts, 0)
     assert found is not None
     assert found.options == Heads(heads=3)
-    assert Heads(heads=2).settle(list, 0) is None
+    assert Heads(heads=2).resolve_from_data(list, 0) is None

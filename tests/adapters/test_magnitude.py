@@ -47,7 +47,7 @@ class Net(nn.Module):
 def adapted():
     torch.manual_seed(1)
     model = get_peft_model(
-        Net(), AdapterConfig(adapter="dora", r=2, target_modules=["lin"], init_weights=False, seed=0)
+        Net(), AdapterConfig(adapter="dora", r=2, target_modules=["lin"], init_lora_weights=False, seed=0)
     )
     return model, torch.randn(4, 6)
 

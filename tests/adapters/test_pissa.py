@@ -8,7 +8,7 @@ from tests.tuner.tiny_models import adapted, build, config, logits, same, traina
 
 import loraplex
 from loraplex import UserError
-from loraplex.tuner.plain import save_plain
+from loraplex.tuner.peft_format import save_peft_format
 
 PISSA = {"name": "lora", "init": "pissa"}
 
@@ -52,7 +52,7 @@ def test_file_and_plain_lora_of_twice_the_rank(tmp_path):
     again = loraplex.load_adapter(build("llama"), str(tmp_path / "own"))
     assert same(again.state_dict(), model.state_dict())
     assert torch.equal(logits(again), logits(model))
-    save_plain(model, tmp_path / "plain")
+    save_peft_format(model, tmp_path / "plain")
     stock = PeftModel.from_pretrained(build("llama"), tmp_path / "plain")
     torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-5)
     assert {value.shape[0] for key, value in load_file(tmp_path / "plain" / "adapter_model.safetensors").items()

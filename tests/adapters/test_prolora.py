@@ -39,7 +39,7 @@ def test_the_figure_of_the_paper():
         factors.lora_B.copy_(torch.arange(6.0).view(2, 3))
         factors.lora_A_unshared.fill_(9)
         factors.lora_B_unshared.fill_(9)
-    a, b = factors.parts()
+    a, b = factors.raw_pair()
     assert a.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 0, 1], [9, 9, 9, 9]]
     assert b.tolist() == [[0, 1, 2, 9], [3, 4, 5, 9], [1, 2, 0, 9], [4, 5, 3, 9], [2, 0, 1, 9], [5, 3, 4, 9]]
 
@@ -56,7 +56,7 @@ def test_rectified_initialization_has_the_bound_of_the_full_width():
 def test_any_shape_and_the_number_of_parameters(m, n):
     for in_features, out_features, rank in ((7, 5, 3), (3, 11, 4), (1, 9, 2)):
         built = build(Adapter(PRoLoRA(u=1, m=m, n=n), Add()), in_features, out_features, rank)
-        a, b = built.adapter.factors.parts()
+        a, b = built.adapter.factors.raw_pair()
         assert (a.shape, b.shape) == ((rank, in_features), (out_features, rank))
         counted = sum(p.numel() for p in built.adapter.parameters())
         assert counted == (in_features + out_features) + (rank - 1) * (-(-in_features // m) - (-out_features // n))
@@ -85,4 +85,4 @@ def test_rotation_follows_its_module_to_other_types():
     factors = PRoLoRA().build(site()).to(torch.bfloat16)
     assert isinstance(factors, nn.Module)
     assert factors.rows_a.dtype is torch.int64
-    assert factors.parts()[0].dtype is torch.bfloat16
+    assert factors.raw_pair()[0].dtype is torch.bfloat16

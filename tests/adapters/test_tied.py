@@ -12,7 +12,7 @@ from tests.tuner.tiny_models import adapted, build, config, gradients, logits, m
 
 import loraplex
 from loraplex import UserError
-from loraplex.adapters.tied import Tied
+from loraplex.adapters.tied import TiedLoRA
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 
@@ -186,7 +186,7 @@ def test_peft_loads_it_too(tmp_path):
 @pytest.mark.parametrize("flags", range(1, 16))
 def test_every_mask_starts_as_the_identity_and_can_move(flags):
     names = ("train_A", "train_B", "train_u", "train_v")
-    options = Tied(**{name: bool(flags >> i & 1) for i, name in enumerate(names)})
+    options = TiedLoRA(**{name: bool(flags >> i & 1) for i, name in enumerate(names)})
     model = adapted(adapter=options, moved=False)
     assert torch.equal(logits(model), logits(build("llama")))
     found = gradients(model)
@@ -195,4 +195,4 @@ def test_every_mask_starts_as_the_identity_and_can_move(flags):
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
-        Tied(train_A=False, train_B=False, train_u=False, train_v=False)
+        TiedLoRA(train_A=False, train_B=False, train_u=False, train_v=False)

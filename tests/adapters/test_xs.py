@@ -11,14 +11,14 @@ import loraplex
 from loraplex import UserError
 from loraplex.adapters import bases
 from loraplex.adapters.contracts import SiteInit
-from loraplex.adapters.xs import XS
+from loraplex.adapters.xs import LoRAXS
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 def factors(weight, rank=4, **options):
     site = SiteInit("layers.0.site", weight.shape[1], weight.shape[0], rank, 8.0, 3, lambda: weight)
-    return XS(**options).build(site)
+    return LoRAXS(**options).build(site)
 
 
 @pytest.mark.parametrize(("r", "expected"), [(16, 57_344), (32, 229_376), (64, 917_504)])

@@ -12,18 +12,18 @@ from tests.tuner.trainer_arguments import arguments as defaults
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from loraplex import AdapterConfig, ALoRA, Hetero
+from loraplex import AdapterConfig, ALoRA, HeteroLoRA
 
 ROWS = [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(16)]
-DYNAMIC = Hetero(batches=2, every=2)
-PROPORTIONAL = Hetero(batches=2, every=2, ranks="proportional", unit="parameters")
-MOVING = ALoRA(rounds=2, first=2, then=2, in_steps=True, pruned=3)
+DYNAMIC = HeteroLoRA(batches=2, interval=2)
+PROPORTIONAL = HeteroLoRA(batches=2, interval=2, ranks="proportional", unit="parameters")
+MOVING = ALoRA(rounds=2, warmup_epochs=2, interval_epochs=2, in_steps=True, ranks_per_round=3)
 
 
 def adapted(allocation: Any, **fields: Any) -> PeftModel:
     config = AdapterConfig(
         allocation=allocation,
-        **{"r": 4, "alpha": 6, "target_modules": "all-linear", "seed": 0, "task_type": "CAUSAL_LM", **fields},
+        **{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "seed": 0, "task_type": "CAUSAL_LM", **fields},
     )
     return get_peft_model(llama(), config)
 

@@ -6,8 +6,8 @@ from tests.tuner.tiny_models import llama
 
 from loraplex import AdapterConfig
 from loraplex.allocation.budget import Budget
-from loraplex.allocation.contracts import Scene
-from loraplex.tuner.drive import candidates_of
+from loraplex.allocation.contracts import ScoringContext
+from loraplex.tuner.candidates import candidates_of
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -26,9 +26,9 @@ def batches(count=3, rows=2, length=7):
     return made
 
 
-def scene(model, found=None, budget=None, seed=0):
+def context(model, found=None, budget=None, seed=0):
     candidates = candidates_of(model.base_model, "default")
-    return Scene(
+    return ScoringContext(
         candidates=candidates,
         budget=budget or Budget(2, "modules"),
         batches=batches() if found is None else found,
@@ -41,7 +41,7 @@ def scene(model, found=None, budget=None, seed=0):
 def adapted(identity=False, **fields):
     """In float64, away from the initial point unless `identity`."""
     config = AdapterConfig(
-        **{"r": 3, "alpha": 5, "target_modules": TARGETS, "seed": 0, "init_weights": identity, **fields}
+        **{"r": 3, "lora_alpha": 5, "target_modules": TARGETS, "seed": 0, "init_lora_weights": identity, **fields}
     )
     model = get_peft_model(llama().double(), config, autocast_adapter_dtype=False).double()
     return model.train()
@@ -52,6 +52,6 @@ def pairs(model):
     found = {}
     for layer in model.base_model.site_layers():
         factors = layer.adapter("default").factors
-        a, b = (tensor.detach().clone().requires_grad_() for tensor in factors.parts())
+        a, b = (tensor.detach().clone().requires_grad_() for tensor in factors.raw_pair())
         found[layer.site] = (a, b, factors.scale)
     return found

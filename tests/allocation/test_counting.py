@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.allocation.scenes import batches
 from tests.tuner.tiny_models import config, llama
 
-from loraplex import ALoRA, Hetero, drive_allocation, print_trainable_parameters
+from loraplex import ALoRA, HeteroLoRA, print_trainable_parameters, start_allocation
 from loraplex.training.reading import read_recipe
 from loraplex.training.run import train
 from loraplex.tuner.counting import count_parameters
@@ -21,7 +21,7 @@ def adapted(allocation, **fields):
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_candidates_budget_and_what_is_open_are_told_apart(adapter, capsys) -> None:
-    model = adapted(Hetero(batches=1, share=0.5, unit="parameters", ranks="proportional"), adapter=adapter)
+    model = adapted(HeteroLoRA(batches=1, share=0.5, unit="parameters", ranks="proportional"), adapter=adapter)
     trainable, total = model.get_nb_trainable_parameters()
     before = count_parameters(model)
     assert (before.trainable, before.total, before.open, before.candidates) == (trainable, total, trainable, 14)
@@ -30,7 +30,7 @@ def test_candidates_budget_and_what_is_open_are_told_apart(adapter, capsys) -> N
     theirs, ours = capsys.readouterr().out.splitlines()
     assert theirs.startswith(f"trainable params: {trainable:,} || all params: {total:,}")
     assert ours == (f"candidates: {trainable:,} parameters in 14 sites || budget: {trainable // 2:,} parameters")
-    drive_allocation(model, batches(), total_steps=9)
+    start_allocation(model, batches(), total_steps=9)
     now = count_parameters(model)
     assert now.trainable == trainable
     assert 0.95 * now.kept <= now.open <= now.kept
@@ -47,7 +47,7 @@ def test_candidates_budget_and_what_is_open_are_told_apart(adapter, capsys) -> N
 
 
 def test_budgets_of_modules_and_ranks_are_worth_what_equal_sites_cost() -> None:
-    by_module = count_parameters(adapted(Hetero(share=0.5)))
+    by_module = count_parameters(adapted(HeteroLoRA(share=0.5)))
     assert by_module.kept == by_module.trainable // 2
     assert by_module.most > by_module.kept
     moving = count_parameters(adapted(ALoRA()))
@@ -68,7 +68,7 @@ def test_without_an_allocation_peft_has_said_all(capsys) -> None:
 
 def test_counting_needs_no_storage() -> None:
     with torch.device("meta"):
-        model = adapted(Hetero(share=0.25))
+        model = adapted(HeteroLoRA(share=0.25))
     assert count_parameters(model).open == count_parameters(model).trainable
 
 

@@ -14,11 +14,14 @@ from tests.tuner.tiny_models import llama
 from tests.tuner.trl_trainers import letters
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from loraplex import AdapterConfig, ALoRA, Hetero, drive_allocation
-from loraplex.tuner.allocation_callback import AllocationCallback, decisions
+from loraplex import AdapterConfig, ALoRA, HeteroLoRA, start_allocation
+from loraplex.training_hooks.allocation_in_trainer import decisions
+from loraplex.training_hooks.registry import LoraplexCallback
 
 EVERY = pytest.mark.parametrize(
-    "allocation", [Hetero(batches=2), DYNAMIC, PROPORTIONAL, MOVING], ids=["static", "dynamic", "proportional", "alora"]
+    "allocation",
+    [HeteroLoRA(batches=2), DYNAMIC, PROPORTIONAL, MOVING],
+    ids=["static", "dynamic", "proportional", "alora"],
 )
 
 
@@ -30,7 +33,7 @@ def test_what_comes_out_is_plain_lora_that_computes_the_same(allocation: Any, ad
     trainer = train(model, tmp_path)
     found = decisions(trainer.state.log_history)
     assert [entry["step"] for entry in found] == {"static": [0], "moving": [2, 4]}.get(
-        "moving" if allocation is MOVING else "static" if allocation == Hetero(batches=2) else "", [0, 2, 4]
+        "moving" if allocation is MOVING else "static" if allocation == HeteroLoRA(batches=2) else "", [0, 2, 4]
     )
     for entry in found:
         assert entry["spent"] + entry["unspent"] == entry["budget"]["amount"]
@@ -77,8 +80,8 @@ def test_training_again_after_an_interruption_has_one_drive(tmp_path: Path) -> N
 
     class Interrupting(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, AllocationCallback))
-            driving.append(len(callback.drives))
+            (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LoraplexCallback))
+            driving.append(len(callback.parts[0].controllers))
             if len(driving) == 3:
                 raise KeyboardInterrupt
 
@@ -93,25 +96,25 @@ def test_training_again_after_an_interruption_has_one_drive(tmp_path: Path) -> N
 
 def test_an_epoch_has_the_steps_that_the_trainer_gives_it(tmp_path: Path) -> None:
     """8 batches by threes are 3 steps."""
-    model = adapted(ALoRA(rounds=1, first=1.0, pruned=3))
+    model = adapted(ALoRA(rounds=1, warmup_epochs=1.0, ranks_per_round=3))
     trainer = train(model, tmp_path, gradient_accumulation_steps=3, num_train_epochs=2)
     assert [entry["step"] for entry in decisions(trainer.state.log_history)] == [3]
 
 
 def test_ending_before_the_first_revision_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    drive = drive_allocation(adapted(Hetero(batches=2, warm_up=3)), batches(), total_steps=9)
+    drive = start_allocation(adapted(HeteroLoRA(batches=2, warm_up=3)), batches(), total_steps=9)
     drive.finish()
     assert "adapter 'default' ends with 14 of 3 modules: training stopped" in caplog.text
 
 
 def test_a_loop_of_ones_own_goes_on_where_it_stopped() -> None:
     whole = adapted(DYNAMIC)
-    drive = drive_allocation(whole, batches(), total_steps=9)
+    drive = start_allocation(whole, batches(), total_steps=9)
     for _ in range(3):
         drive.step()
     resumed = adapted(DYNAMIC)
     resumed.load_state_dict(whole.state_dict())
-    again = drive_allocation(resumed, batches(), total_steps=9, done=3)
+    again = start_allocation(resumed, batches(), total_steps=9, done=3)
     assert again.decisions == []
     expected, found = state(whole), state(resumed)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -123,7 +126,7 @@ def test_a_loop_of_ones_own_goes_on_where_it_stopped() -> None:
 def test_alora_gives_ranks_of_pissa_anew() -> None:
     model = adapted(MOVING, adapter={"name": "lora", "init": "pissa"}).train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
-    drive = drive_allocation(model, batches(), total_steps=9)
+    drive = start_allocation(model, batches(), total_steps=9)
     for index in range(4):
         step(model, made, index)
         drive.step()
@@ -185,14 +188,23 @@ def test_an_unmodified_sft_trainer_drives_too(tmp_path: Path) -> None:
     )
     trainer.train()
     assert [entry["step"] for entry in decisions(trainer.state.log_history)] == [0, 2]
-    assert trainer.model.peft_config["default"].finished_ranks is not None
+    assert trainer.model.peft_config["default"].state.finished_ranks is not None
 
 
 @pytest.mark.parametrize("by", ["site", "kind"])
 def test_alora_keeps_its_budget_and_its_scale(by: str) -> None:
-    model = adapted(ALoRA(rounds=3, first=1, then=1, in_steps=True, by=by, pruned=2 if by == "kind" else 5)).train()
+    model = adapted(
+        ALoRA(
+            rounds=3,
+            warmup_epochs=1,
+            interval_epochs=1,
+            in_steps=True,
+            group_by=by,
+            ranks_per_round=2 if by == "kind" else 5,
+        )
+    ).train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
-    drive = drive_allocation(model, batches(), total_steps=5)
+    drive = start_allocation(model, batches(), total_steps=5)
     for index in range(5):
         step(model, made, index)
         drive.step()
@@ -203,7 +215,7 @@ def test_alora_keeps_its_budget_and_its_scale(by: str) -> None:
         assert len(set(decision.plan.ranks.values())) > 1
     assert {layer.adapter("default").factors.scale for layer in model.base_model.site_layers()} == {1.5}
     if by == "kind":
-        for ranks in drive.decisions[-1].plan.ranks, model.peft_config["default"].finished_ranks:
+        for ranks in drive.decisions[-1].plan.ranks, model.peft_config["default"].state.finished_ranks:
             kinds = {}
             for site, rank in ranks.items():
                 kinds.setdefault(site.rpartition(".")[2], set()).add(rank)

@@ -12,11 +12,11 @@ from tests.allocation.scenes import batches
 from tests.tuner.tiny_models import config, gpt2, llama, logits, move, tokens
 from torch import nn
 
-from loraplex import AdapterConfig, Hetero, UserError, drive_allocation
+from loraplex import AdapterConfig, HeteroLoRA, UserError, start_allocation
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.uniform import Uniform
 from loraplex.tuner.layer import SiteLayer
-from loraplex.tuner.shortcuts import shortcut_layers
+from loraplex.tuner.shortcuts.layers import shortcut_layers
 
 EDITED = {
     "model.layers.0.self_attn.q_proj": 4,
@@ -39,14 +39,15 @@ def ranks(model: nn.Module) -> dict[str, int]:
 def test_the_plan_of_a_run_is_trained_again(tmp_path: Path) -> None:
     """What an allocation has found, as its plan.json, gives the same sites, ranks and scales from the start."""
     found = get_peft_model(
-        llama(), config(allocation=Hetero(batches=2, share=0.4, unit="ranks", ranks="proportional"), r=6, alpha=9)
+        llama(),
+        config(allocation=HeteroLoRA(batches=2, share=0.4, unit="ranks", ranks="proportional"), r=6, lora_alpha=9),
     )
-    drive_allocation(found, batches(), total_steps=1).step()
+    start_allocation(found, batches(), total_steps=1).step()
     left = {m.site: m.adapter("default").factors.open_ranks for m in found.base_model.site_layers()}
     assert len(set(left.values())) > 2
     assert 0 in left.values()
     Plan(left).save(tmp_path / "plan.json")
-    model = adapted(str(tmp_path / "plan.json"), r=6, alpha=9)
+    model = adapted(str(tmp_path / "plan.json"), r=6, lora_alpha=9)
     assert ranks(model) == {site: rank for site, rank in left.items() if rank}
     assert [m.adapter("default").factors.scale for m in model.base_model.site_layers()] == pytest.approx(
         [1.5] * len(ranks(model))
@@ -61,7 +62,7 @@ def test_a_plan_says_which_shortcuts_there_are(tmp_path: Path) -> None:
         f"model.layers.{i}.residual_{kind}" for i, kind in ((1, "mlp"), (0, "mlp"), (0, "attention"))
     )
     plan = {**ADAPTED, open_edge: 3, closed: 0}
-    model = adapted(plan, r=4, alpha=6)
+    model = adapted(plan, r=4, lora_alpha=6)
     edges = {layer.site: layer.adapter("default").factors for layer in shortcut_layers(model)}
     assert {site: factors.rank for site, factors in edges.items()} == {open_edge: 3}
     assert edges[open_edge].scale == pytest.approx(4 / 8)
@@ -77,7 +78,7 @@ def test_a_plan_says_which_shortcuts_there_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", {"name": "lora", "use_rslora": True}])
 def test_what_is_saved_is_plain_peft(adapter: Any, tmp_path: Path) -> None:
-    model = move(adapted(EDITED, adapter=adapter, r=4, alpha=6)).eval()
+    model = move(adapted(EDITED, adapter=adapter, r=4, lora_alpha=6)).eval()
     model.save_pretrained(str(tmp_path))
     stock = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
     assert isinstance(stock.peft_config["default"], LoraConfig)
@@ -109,7 +110,7 @@ def test_targets_may_be_absent_and_namesakes_are_left_alone() -> None:
 
 
 def test_the_configured_ranks_and_alphas_give_the_scale() -> None:
-    model = adapted(EDITED, r=4, alpha=6, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 1})
+    model = adapted(EDITED, r=4, lora_alpha=6, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 1})
     scales = {m.site: m.adapter("default").factors.scale for m in model.base_model.site_layers()}
     assert scales == pytest.approx(dict(zip(ADAPTED, (3.0, 1.5, 0.25), strict=True)))
 

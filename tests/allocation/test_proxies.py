@@ -4,11 +4,11 @@ import gc
 
 import pytest
 import torch
-from tests.allocation.scenes import adapted, batches, pairs, scene
+from tests.allocation.scenes import adapted, batches, context, pairs
 from tests.reference import proxies as reference
 from tests.tuner.tiny_models import llama
 
-from loraplex import Hetero, UserError
+from loraplex import HeteroLoRA, UserError
 from loraplex.allocation.alora import _importance
 from loraplex.allocation.proxies import PROXIES, Scoring, score
 
@@ -21,7 +21,7 @@ def base():
 @pytest.mark.parametrize("identity", [False, True], ids=["trained", "initial"])
 def test_proxy_equals_its_definition(proxy: str, identity: bool) -> None:
     model = adapted(identity)
-    found = score(proxy, scene(model), Scoring())
+    found = score(proxy, context(model), Scoring())
     expected = getattr(reference, proxy)(base(), pairs(model), batches())
     assert found.keys() == expected.keys()
     for site, value in expected.items():
@@ -34,7 +34,7 @@ def test_proxy_equals_its_definition(proxy: str, identity: bool) -> None:
 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_scoring_again_and_again_keeps_nothing(proxy: str) -> None:
-    whole = scene(adapted())
+    whole = context(adapted())
 
     def alive() -> int:
         score(proxy, whole, Scoring())
@@ -47,21 +47,21 @@ def test_scoring_again_and_again_keeps_nothing(proxy: str) -> None:
 
 def test_mean_of_norms_is_another_number() -> None:
     model = adapted()
-    found = score("grad_norm", scene(model), Scoring(mean_of_norms=True))
+    found = score("grad_norm", context(model), Scoring(mean_of_norms=True))
     expected = reference.mean_of_norms(base(), pairs(model), batches())
     assert found == pytest.approx(expected, rel=1e-6)
-    assert found != pytest.approx(score("grad_norm", scene(model), Scoring()), rel=1e-3)
+    assert found != pytest.approx(score("grad_norm", context(model), Scoring()), rel=1e-3)
 
 
 def test_synflow_of_the_loss() -> None:
     model = adapted()
-    found = score("synflow", scene(model), Scoring(synflow="loss"))
+    found = score("synflow", context(model), Scoring(synflow="loss"))
     assert found == pytest.approx(reference.synflow(base(), pairs(model), batches(), of="loss"), rel=1e-6)
 
 
 def test_alpha_test_equals_its_definition_and_says_what_it_costs() -> None:
     model, said = adapted(), []
-    whole = scene(model)
+    whole = context(model)
     object.__setattr__(whole, "say", said.append)
     found = score("alpha_test", whole, Scoring(tolerance=0.002))
     expected = reference.alpha_test(base(), pairs(model), batches(), 0.002)
@@ -72,7 +72,7 @@ def test_alpha_test_equals_its_definition_and_says_what_it_costs() -> None:
 
 def test_ab_lora_equals_its_definition() -> None:
     model = adapted()
-    whole = scene(model)
+    whole = context(model)
     found = _importance(whole, {candidate.name: [candidate] for candidate in whole.candidates})
     expected = reference.ab_lora(base(), pairs(model), batches())
     assert found.keys() == expected.keys()
@@ -81,7 +81,7 @@ def test_ab_lora_equals_its_definition() -> None:
 
 def test_frozen_weights_can_be_scored() -> None:
     model = adapted(identity=True)
-    found = score("snip", scene(model), Scoring(of="frozen"))
+    found = score("snip", context(model), Scoring(of="frozen"))
     weights = {site: (w := torch.eye(1)) for site in found}
     plain = base()
     total = dict.fromkeys(found, 0.0)
@@ -98,11 +98,11 @@ def test_frozen_weights_can_be_scored() -> None:
 
 def test_normalizing_divides_by_the_size() -> None:
     model = adapted()
-    plain = score("grad_norm", scene(model), Scoring())
+    plain = score("grad_norm", context(model), Scoring())
     for layer in model.base_model.site_layers():
         size = 3 * (layer.in_features + layer.out_features)
         for how, divisor in (("numel", size), ("sqrt_numel", size**0.5)):
-            found = score("grad_norm", scene(model), Scoring(normalize=how))
+            found = score("grad_norm", context(model), Scoring(normalize=how))
             assert found[layer.site] == pytest.approx(plain[layer.site] / divisor)
 
 
@@ -118,7 +118,7 @@ def test_scoring_leaves_everything_as_it_was(proxy: str) -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     state = torch.get_rng_state()
     attention = model.base_model.model.config._attn_implementation
-    score(proxy, scene(model), Scoring(init="random"))
+    score(proxy, context(model), Scoring(init="random"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -130,20 +130,22 @@ def test_scoring_leaves_everything_as_it_was(proxy: str) -> None:
 
 @pytest.mark.parametrize("proxy", ["snip", "synflow"])
 def test_a_proxy_that_sees_nothing_says_so_and_what_to_do(proxy: str) -> None:
-    whole = scene(adapted(identity=True))
+    whole = context(adapted(identity=True))
     with pytest.raises(UserError, match=rf"{proxy} gives all 8 sites the score 0.*Take grad_norm, or scoring_init"):
-        Hetero(proxy=proxy).revise(whole)
+        HeteroLoRA(proxy=proxy).revise(whole)
     for way in ({"scoring_init": "random"}, {"of": "frozen"}):
-        decided = Hetero(proxy=proxy, **way).revise(whole)
+        decided = HeteroLoRA(proxy=proxy, **way).revise(whole)
         assert len(set(decided.scores.values())) > 1
         assert decided.remark == ""
 
 
 def test_chance_is_named_where_it_decides() -> None:
-    decided = Hetero(proxy="constant").revise(scene(adapted()))
+    decided = HeteroLoRA(proxy="constant").revise(context(adapted()))
     assert decided.remark == "chance decided between 8 sites of equal score"
     assert len(decided.plan.adapted) == 2
-    again = Hetero(proxy="constant").revise(scene(adapted()))
+    again = HeteroLoRA(proxy="constant").revise(context(adapted()))
     assert decided.plan == again.plan
-    others = {tuple(Hetero(proxy="constant").revise(scene(adapted(), seed=seed)).plan.adapted) for seed in range(6)}
+    others = {
+        tuple(HeteroLoRA(proxy="constant").revise(context(adapted(), seed=seed)).plan.adapted) for seed in range(6)
+    }
     assert len(others) > 2

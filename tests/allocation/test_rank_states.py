@@ -5,14 +5,14 @@ import torch
 from tests.allocation.moving import MOVING, adapted, step
 from tests.allocation.scenes import batches
 
-from loraplex import Hetero, drive_allocation
+from loraplex import HeteroLoRA, start_allocation
 
 
 def test_the_magnitude_of_a_site_that_is_off_stays() -> None:
     """Also on the plain path, where its gradient is zeros and decay would move it."""
-    model = adapted(Hetero(batches=2), adapter="dora").train()
+    model = adapted(HeteroLoRA(batches=2), adapter="dora").train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05, weight_decay=0.5)
-    drive_allocation(model, batches(), total_steps=9)
+    start_allocation(model, batches(), total_steps=9)
     layers = list(model.base_model.site_layers())
     for layer in layers:
         layer.base_layer.register_forward_hook(lambda module, inputs, output: None)
@@ -36,7 +36,7 @@ def test_closed_ranks_do_not_move_and_start_anew(optimizer: str) -> None:
     made = getattr(torch.optim, optimizer)(
         [p for p in model.parameters() if p.requires_grad], 0.05, **settings[optimizer]
     )
-    drive = drive_allocation(model, batches(), total_steps=7)
+    drive = start_allocation(model, batches(), total_steps=7)
     layers = {layer.site: layer.adapter("default").factors for layer in model.base_model.site_layers()}
     reopened = 0
     for done, batch in enumerate([*batches(), *batches()]):
@@ -64,9 +64,9 @@ def test_closed_ranks_do_not_move_and_start_anew(optimizer: str) -> None:
 
 
 def test_moments_of_a_rank_that_opens_again_are_forgotten() -> None:
-    model = adapted(Hetero(batches=2, warm_up=1)).train()
+    model = adapted(HeteroLoRA(batches=2, warm_up=1)).train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
-    drive = drive_allocation(model, batches(), total_steps=9)
+    drive = start_allocation(model, batches(), total_steps=9)
     factors = next(model.base_model.site_layers()).adapter("default").factors
 
     for _ in range(2):
@@ -87,9 +87,9 @@ def test_moments_of_a_rank_that_opens_again_are_forgotten() -> None:
 
 def test_the_second_moment_of_an_opened_rank_is_that_of_its_neighbors() -> None:
     """At 0 and with the others' number of steps, it would let the rank run several times faster than them."""
-    model = adapted(Hetero(batches=2, warm_up=1)).train()
+    model = adapted(HeteroLoRA(batches=2, warm_up=1)).train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
-    drive_allocation(model, batches(), total_steps=9)
+    start_allocation(model, batches(), total_steps=9)
     factors = next(model.base_model.site_layers()).adapter("default").factors
 
     factors.gate[1] = 0
@@ -104,9 +104,9 @@ def test_the_second_moment_of_an_opened_rank_is_that_of_its_neighbors() -> None:
 
 
 def test_a_site_that_comes_back_starts_with_an_empty_state() -> None:
-    model = adapted(Hetero(batches=2, warm_up=1)).train()
+    model = adapted(HeteroLoRA(batches=2, warm_up=1)).train()
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05, weight_decay=0)
-    drive_allocation(model, batches(), total_steps=9)
+    start_allocation(model, batches(), total_steps=9)
     factors = next(model.base_model.site_layers()).adapter("default").factors
 
     step(model, made)

@@ -11,12 +11,13 @@ from tests.allocation.moving import DYNAMIC, ROWS, adapted, arguments, train
 from tests.allocation.scenes import batches
 from transformers import Trainer
 
-from loraplex import AdapterConfig, ALoRA, Hetero, UserError, drive_allocation
-from loraplex.tuner.allocation_callback import AllocationCallback
-from loraplex.tuner.objective_callback import ObjectiveCallback
+from loraplex import AdapterConfig, ALoRA, HeteroLoRA, UserError, start_allocation
+from loraplex.training_hooks.registry import LoraplexCallback
 
 
-@pytest.mark.parametrize(("before", "now"), [(DYNAMIC, "uniform"), (DYNAMIC, Hetero(batches=2)), ("uniform", DYNAMIC)])
+@pytest.mark.parametrize(
+    ("before", "now"), [(DYNAMIC, "uniform"), (DYNAMIC, HeteroLoRA(batches=2)), ("uniform", DYNAMIC)]
+)
 def test_a_checkpoint_of_another_allocation_is_refused(before: Any, now: Any, tmp_path: Path) -> None:
     train(adapted(before), tmp_path, save_strategy="steps", save_steps=3)
     with pytest.raises(UserError, match=r"the checkpoint of step 3 was trained with the allocation .*: resume with"):
@@ -24,14 +25,14 @@ def test_a_checkpoint_of_another_allocation_is_refused(before: Any, now: Any, tm
 
 
 def test_batches_without_a_loss_are_refused() -> None:
-    model = adapted(Hetero(batches=1))
+    model = adapted(HeteroLoRA(batches=1))
     with pytest.raises(UserError, match=r"no loss for a batch with the keys input_ids: .* need labels"):
-        drive_allocation(model, [{"input_ids": batches()[0]["input_ids"]}], total_steps=3)
+        start_allocation(model, [{"input_ids": batches()[0]["input_ids"]}], total_steps=3)
     with pytest.raises(UserError, match=r"a batch is a tuple: give mappings"):
-        drive_allocation(model, [(batches()[0]["input_ids"],)], total_steps=3)
+        start_allocation(model, [(batches()[0]["input_ids"],)], total_steps=3)
     for steps in (0, 2.5, "4", -1):
         with pytest.raises(UserError, match=r"total_steps is .*: give a whole number"):
-            drive_allocation(model, batches(), total_steps=steps)
+            start_allocation(model, batches(), total_steps=steps)
 
 
 def test_what_would_train_copies_is_refused(tmp_path: Path) -> None:
@@ -42,23 +43,23 @@ def test_what_would_train_copies_is_refused(tmp_path: Path) -> None:
         args = copy(trainer.args)
         args.__dict__.update(changed)
         with pytest.raises(UserError, match=f"the allocation of 'default' cannot act under {words}"):
-            AllocationCallback().on_train_begin(args, trainer.state, trainer.control, **given)
+            LoraplexCallback().on_train_begin(args, trainer.state, trainer.control, **given)
         if "_n_gpu" in changed:
             with pytest.raises(UserError, match="the objective 'echo' cannot act under DataParallel"):
-                ObjectiveCallback().on_train_begin(args, trainer.state, trainer.control, **given)
+                LoraplexCallback().parts[-1].on_train_begin(args, trainer.state, trainer.control, **given)
 
 
 def test_an_allocation_that_would_never_act_is_refused() -> None:
-    for allocation, option in ((ALoRA(), "first"), (Hetero(warm_up=9), "warm_up")):
+    for allocation, option in ((ALoRA(), "warmup_epochs"), (HeteroLoRA(warm_up=9), "warm_up")):
         with pytest.raises(UserError, match=f"never acts: no revision is due before the last of 9 steps.* {option}$"):
-            drive_allocation(adapted(allocation), batches(), total_steps=9)
+            start_allocation(adapted(allocation), batches(), total_steps=9)
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:
-    model = adapted(Hetero(batches=2))
+    model = adapted(HeteroLoRA(batches=2))
     next(model.base_model.site_layers()).base_layer.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"the score of .* at step 0 is nan: the loss of the first batches"):
-        drive_allocation(model, batches(), total_steps=9)
+        start_allocation(model, batches(), total_steps=9)
 
 
 def test_a_step_that_nobody_drives_is_stopped() -> None:
@@ -66,16 +67,16 @@ def test_a_step_that_nobody_drives_is_stopped() -> None:
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(**batches()[0]).loss.backward()
     with pytest.raises(
-        UserError, match=r"'default' has an allocation that nobody drives: .*loraplex\.drive_allocation"
+        UserError, match=r"'default' has an allocation that nobody drives: .*loraplex\.start_allocation"
     ):
         made.step()
 
 
 def test_driving_what_does_not_move_is_refused() -> None:
     with pytest.raises(UserError, match="the allocation of 'default' is 'uniform', which moves no ranks"):
-        drive_allocation(adapted("uniform"), batches(), 3)
+        start_allocation(adapted("uniform"), batches(), 3)
     with pytest.raises(UserError, match="carries no loraplex adapter 'other'"):
-        drive_allocation(adapted(DYNAMIC), batches(), 3, adapter_name="other")
+        start_allocation(adapted(DYNAMIC), batches(), 3, adapter_name="other")
 
 
 @pytest.mark.parametrize("name", ["lora-xs", "tied-tl6", "prolora"])
@@ -91,13 +92,13 @@ def test_factors_that_do_not_shrink_are_refused(name: str) -> None:
         ({"name": "hetero", "share": 0}, "share is 0: give a number above 0 and up to 1"),
         ({"name": "hetero", "ranks": "proportional"}, "proportional needs a budget of ranks or parameters"),
         ({"name": "hetero", "shar": 0.5}, "unknown option 'shar' of allocation 'hetero'.*'share'"),
-        ({"name": "alora", "by": "layer"}, "by is 'layer': choose 'site' or 'kind'"),
+        ({"name": "alora", "group_by": "layer"}, "group_by is 'layer': choose 'site' or 'kind'"),
         ({"name": "alora", "unit": "modules"}, "unit is 'modules': choose 'ranks' or 'parameters'"),
         ("heterro", "unknown allocation 'heterro'.*'hetero'"),
         ({"name": ["hetero"]}, "unknown allocation "),
         (None, "None stands for no method: give a name"),
-        (Hetero, "stands for no method: give a name"),
-        ({"name": "hetero", "every": "1"}, "every is '1': give steps"),
+        (HeteroLoRA, "stands for no method: give a name"),
+        ({"name": "hetero", "interval": "1"}, "interval is '1': give steps"),
         ({"name": "hetero", "tolerance": "x"}, "tolerance is 'x': give a share"),
         ({"name": "hetero", "tolerance": float("nan")}, "tolerance is nan: give a share"),
         ({"name": "hetero", "shortcuts": 3}, "shortcuts names 3: choose true"),
@@ -112,4 +113,4 @@ def test_wrong_options_are_one_sentence(allocation: Any, words: str) -> None:
 
 def test_a_budget_that_pays_for_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the budget of 0 modules does not pay for a single site"):
-        train(adapted(Hetero(share=0.01, batches=1)), tmp_path)
+        train(adapted(HeteroLoRA(share=0.01, batches=1)), tmp_path)

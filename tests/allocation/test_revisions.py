@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tests.tuner.tiny_models import config, llama
 
 from loraplex import ALoRA
-from loraplex.tuner.drive import candidates_of
+from loraplex.tuner.candidates import candidates_of
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def trained(candidate) -> None:
 )
 def test_the_budget_holds_over_ten_rounds(by: str, unit: str, adapter: str, pruned: int, seed: int) -> None:
     draw, every = random.Random(seed), candidates(adapter)
-    allocator = ALoRA(by=by, unit=unit, pruned=pruned, growth=3)
+    allocator = ALoRA(group_by=by, unit=unit, ranks_per_round=pruned, growth=3)
     start, budget = allocator.start(every, lambda site: draw.choice((1, 3)) if by == "site" else 3)
     for candidate in every:
         candidate.gate.copy_(start[candidate.name])
@@ -65,7 +65,7 @@ def test_the_budget_holds_over_ten_rounds(by: str, unit: str, adapter: str, prun
 
 def test_a_site_that_gains_a_rank_in_every_round_has_room_for_it_and_no_more() -> None:
     """Four sites of 14 win all rounds, one rank each: they end with what was built."""
-    allocator = ALoRA(rounds=5, pruned=4)
+    allocator = ALoRA(rounds=5, ranks_per_round=4)
     model = get_peft_model(llama(), config(adapter="lora", r=6, allocation=allocator))
     every = candidates_of(model.base_model, "default")
     start, budget = allocator.start(every, lambda site: 6)

@@ -10,28 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tests.allocation.scenes import adapted, batches, scene
+from tests.allocation.scenes import adapted, batches, context
 from tests.allocation.test_driving import arguments, state, train
 from tests.reference import shortcuts as reference
 from tests.tuner.tiny_models import bert, llama
 from torch.nn import functional as F
 from transformers import Trainer
 
-from loraplex import AdapterConfig, Hetero, UserError
-from loraplex.allocation.contracts import Candidate, Scene
+from loraplex import AdapterConfig, HeteroLoRA, UserError
+from loraplex.allocation.contracts import Candidate, ScoringContext
 from loraplex.allocation.proxies import Scoring, score
 from loraplex.allocation.sites import EDGES, Site, is_edge
-from loraplex.tuner.allocation_callback import decisions
+from loraplex.training_hooks.allocation_in_trainer import decisions
+from loraplex.tuner.candidates import candidates_of
 from loraplex.tuner.counting import count_parameters
-from loraplex.tuner.drive import candidates_of
 
 SHORTCUTS = {"name": "uniform", "shortcuts": True, "shortcut_r": 2}
-STATIC = Hetero(batches=2, shortcuts=True, shortcut_r=2)
-DYNAMIC = Hetero(batches=2, every=2, shortcuts=True, shortcut_r=2, rankings="two")
+STATIC = HeteroLoRA(batches=2, shortcuts=True, shortcut_r=2)
+DYNAMIC = HeteroLoRA(batches=2, interval=2, shortcuts=True, shortcut_r=2, separate_rankings=True)
 
 
 def made(allocation: Any, **fields: Any) -> PeftModel:
-    options = {"r": 4, "alpha": 6, "target_modules": "all-linear", "seed": 0, "task_type": "CAUSAL_LM", **fields}
+    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "seed": 0, "task_type": "CAUSAL_LM", **fields}
     return get_peft_model(llama(), AdapterConfig(allocation=allocation, **options))
 
 
@@ -41,7 +41,7 @@ def test_grad_norm_and_snip_of_a_shortcut_equal_their_definition(identity: bool)
     base, pairs = llama().double(), {}
     for candidate in candidates_of(model.base_model, "default"):
         if candidate.site.edge:
-            a, b = (part.detach().clone().requires_grad_() for part in candidate.adapter.factors.parts())
+            a, b = (part.detach().clone().requires_grad_() for part in candidate.adapter.factors.raw_pair())
             pairs[candidate.site.layer, candidate.site.kind] = (a, b, candidate.adapter.factors.scale)
         else:
             with torch.no_grad():
@@ -55,13 +55,13 @@ def test_grad_norm_and_snip_of_a_shortcut_equal_their_definition(identity: bool)
         loss.backward()
     names = {place: f"model.layers.{place[0]}.{place[1]}" for place in pairs}
     norms = {names[place]: float(a.grad.norm() + b.grad.norm()) for place, (a, b, _) in pairs.items()}
-    found = score("grad_norm", scene(model), Scoring())
+    found = score("grad_norm", context(model), Scoring())
     assert {name: value for name, value in found.items() if is_edge(name)} == pytest.approx(norms, rel=1e-7)
     assert len(norms) == 7
     products = {
         names[place]: float((a * a.grad).abs().sum() + (b * b.grad).abs().sum()) for place, (a, b, _) in pairs.items()
     }
-    snip = score("snip", scene(model), Scoring())
+    snip = score("snip", context(model), Scoring())
     assert {name: value for name, value in snip.items() if is_edge(name)} == pytest.approx(products, rel=1e-7)
     assert any(products.values()) is not identity
 
@@ -70,7 +70,7 @@ def test_grad_norm_and_snip_of_a_shortcut_equal_their_definition(identity: bool)
 def test_the_other_proxies_score_shortcuts_and_leave_nothing_behind(proxy: str) -> None:
     model = adapted(allocation=SHORTCUTS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = score(proxy, scene(model), Scoring(tolerance=2e-4))
+    found = score(proxy, context(model), Scoring(tolerance=2e-4))
     assert sum(is_edge(name) for name in found) == 7
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     if proxy != "constant":
@@ -81,18 +81,21 @@ def test_the_other_proxies_score_shortcuts_and_leave_nothing_behind(proxy: str) 
     ("options", "words"),
     [
         ({"proxy": "fisher"}, "proxy fisher looks at the frozen weight of a site, and shortcuts have none"),
-        ({"of": "frozen"}, "of: frozen looks at the frozen weight of a site, and shortcuts have none"),
+        (
+            {"score_target": "frozen"},
+            "score_target: frozen looks at the frozen weight of a site, and shortcuts have none",
+        ),
         ({"rankings": "three"}, "rankings is 'three': choose one, two"),
     ],
 )
 def test_what_shortcuts_cannot_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Hetero(shortcuts=True, **options)
+        HeteroLoRA(shortcuts=True, **options)
     if "rankings" not in options:
         model = adapted(allocation=SHORTCUTS)
-        how = Scoring(of=options.get("of", "adapter"))
+        how = Scoring(of=options.get("score_target", "adapter"))
         with pytest.raises(UserError, match="is a shortcut, which has no frozen weight"):
-            score(options.get("proxy", "grad_norm"), scene(model), how)
+            score(options.get("proxy", "grad_norm"), context(model), how)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +118,11 @@ def forty() -> list[Candidate]:
 )
 def test_the_budget_is_floor_plus_round_and_never_exceeded(forty, linear, edges, share, rankings, unit, seed) -> None:
     chosen = [*forty[:linear], *forty[20 : 20 + edges]]
-    hetero = Hetero(proxy="constant", share=share, unit=unit, rankings=rankings, shortcuts=True)
+    hetero = HeteroLoRA(proxy="constant", share=share, unit=unit, rankings=rankings, shortcuts=True)
     _, budget = hetero.start(chosen, lambda site: 4)
     if unit == "modules":
         assert budget.amount == int(share * linear + 1e-9) + round(share * edges)
-    revision = hetero.revise(Scene(chosen, budget, [], torch.nn.Module(), 0, seed))
+    revision = hetero.revise(ScoringContext(chosen, budget, [], torch.nn.Module(), 0, seed))
     assert budget.spent(chosen, revision.plan.ranks) <= budget.amount
     if unit == "modules":
         on = revision.plan.adapted
@@ -130,7 +133,7 @@ def test_the_budget_is_floor_plus_round_and_never_exceeded(forty, linear, edges,
 
 @pytest.mark.parametrize("allocation", [STATIC, DYNAMIC], ids=["static", "dynamic"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "reentrant"])
-def test_a_trainer_drives_them_and_the_result_is_reloaded(allocation: Hetero, checkpointing: bool, tmp_path: Path):
+def test_a_trainer_drives_them_and_the_result_is_reloaded(allocation: HeteroLoRA, checkpointing: bool, tmp_path: Path):
     model = made(allocation)
     changed = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     trainer = train(model, tmp_path, **(changed if checkpointing else {}))
@@ -157,7 +160,7 @@ def test_a_trainer_drives_them_and_the_result_is_reloaded(allocation: Hetero, ch
 
 
 @pytest.mark.parametrize("allocation", [STATIC, DYNAMIC], ids=["static", "dynamic"])
-def test_resumed_training_equals_uninterrupted(allocation: Hetero, tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted(allocation: HeteroLoRA, tmp_path: Path) -> None:
     kept = {"save_strategy": "steps", "save_steps": 3}
     whole, resumed = made(allocation), made(allocation)
     first = train(whole, tmp_path, **kept)
@@ -172,7 +175,7 @@ def test_resumed_training_equals_uninterrupted(allocation: Hetero, tmp_path: Pat
 def test_an_encoder_keeps_its_head_and_its_shortcuts(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(5 + i, 12 + i)), "labels": i % 3} for i in range(16)]
     options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "r": 4, "seed": 1}
-    allocation = Hetero(batches=2, every=2, share=0.4, shortcuts=True, rankings="two")
+    allocation = HeteroLoRA(batches=2, interval=2, share=0.4, shortcuts=True, separate_rankings=True)
     model = get_peft_model(bert(), AdapterConfig(allocation=allocation, **options))
     trainer = Trainer(model, arguments(tmp_path, max_steps=5), train_dataset=Dataset.from_list(rows))
     trainer.train()
@@ -191,7 +194,7 @@ def test_an_encoder_keeps_its_head_and_its_shortcuts(tmp_path: Path) -> None:
 
 def test_shortcuts_that_all_lose_leave_plain_lora(tmp_path: Path) -> None:
     # ⌊.2·14⌋ = 2 linear sites, round(.2·2) = 0 shortcuts
-    model = made(Hetero(batches=2, share=0.2, rankings="two", shortcuts="residual_mlp", shortcut_r=2))
+    model = made(HeteroLoRA(batches=2, share=0.2, separate_rankings=True, shortcuts="residual_mlp", shortcut_r=2))
     trainer = train(model, tmp_path)
     trainer.save_model(str(tmp_path / "adapter"))
     assert '"peft_type": "LORA"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
@@ -199,7 +202,7 @@ def test_shortcuts_that_all_lose_leave_plain_lora(tmp_path: Path) -> None:
 
 
 def test_parameters_and_budget_count_shortcuts_once() -> None:
-    model, plain = made(STATIC), made(Hetero(batches=2))
+    model, plain = made(STATIC), made(HeteroLoRA(batches=2))
     trainable = [m.get_nb_trainable_parameters()[0] for m in (model, plain)]
     assert trainable[0] - trainable[1] == 7 * 2 * 2 * 32
     counted = count_parameters(model)

@@ -17,16 +17,16 @@ from tests.two_processes import end_as_equal
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from loraplex import ALoRA, Hetero, drive_allocation
-from loraplex.tuner.allocation_callback import decisions
+from loraplex import ALoRA, HeteroLoRA, start_allocation
+from loraplex.training_hooks.allocation_in_trainer import decisions
 
-EVERY = {"batches": 2, "every": 2, "share": 0.5}
+EVERY = {"batches": 2, "interval": 2, "share": 0.5}
 CASES = {
-    "static": Hetero(batches=2, share=0.5),
-    "dynamic": Hetero(**EVERY),
-    "fisher": Hetero(**EVERY, proxy="fisher"),
-    "snip": Hetero(**EVERY, proxy="snip", scoring_init="random"),
-    "alora": ALoRA(rounds=2, first=2, then=2, in_steps=True, pruned=3),
+    "static": HeteroLoRA(batches=2, share=0.5),
+    "dynamic": HeteroLoRA(**EVERY),
+    "fisher": HeteroLoRA(**EVERY, proxy="fisher"),
+    "snip": HeteroLoRA(**EVERY, proxy="snip", scoring_init="random"),
+    "alora": ALoRA(rounds=2, warmup_epochs=2, interval_epochs=2, in_steps=True, ranks_per_round=3),
 }
 STEPS = 5
 
@@ -48,7 +48,7 @@ def driven(allocation, batches, parallel=False, seed=0):
     if parallel:
         called = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
     made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
-    drive = drive_allocation(model, batches, total_steps=STEPS)
+    drive = start_allocation(model, batches, total_steps=STEPS)
     for index in range(STEPS):
         made.zero_grad()
         called(**batches[index % len(batches)]).loss.backward()
@@ -60,7 +60,7 @@ def driven(allocation, batches, parallel=False, seed=0):
 
 def under_a_trainer(folder):
     """The same under an unmodified Trainer, which gives each process rows of its own."""
-    model = get_peft_model(llama(), config(allocation=Hetero(batches=2, every=2)))
+    model = get_peft_model(llama(), config(allocation=HeteroLoRA(batches=2, interval=2)))
     data = Dataset.from_list(
         [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(16)]
     )
@@ -93,7 +93,7 @@ def main(folder):
         if name in ("static", "dynamic", "alora"):
             assert first == driven(allocation, half, parallel=True), name
     # seeds that differ, and chance that decides: the first process does
-    found, _ = driven(Hetero(proxy="constant", batches=1, every=2), half, parallel=True, seed=rank)
+    found, _ = driven(HeteroLoRA(proxy="constant", batches=1, interval=2), half, parallel=True, seed=rank)
     mine, theirs = both(found)
     assert mine == theirs
     mine, theirs = both(under_a_trainer(folder))

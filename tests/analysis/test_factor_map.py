@@ -85,7 +85,7 @@ def test_heads_are_told_apart(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     from loraplex import AdapterConfig
 
     config = AdapterConfig(
-        adapter={"name": "hydra", "heads": 3}, r=2, target_modules=["q_proj"], init_weights=False, seed=0
+        adapter={"name": "hydra", "heads": 3}, r=2, target_modules=["q_proj"], init_lora_weights=False, seed=0
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
     for layer in model.base_model.site_layers():

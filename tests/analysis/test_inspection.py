@@ -55,7 +55,7 @@ def test_one_of_our_own_type_is_read_on_its_base(tiny_model: Path, tmp_path: Pat
         tuner: Any = model.base_model
         tuner.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
 
-    config = AdapterConfig(r=4, alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM", seed=0)
+    config = AdapterConfig(r=4, lora_alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM", seed=0)
     found = inspect(str(saved(config, tiny_model, tmp_path, close)))
     assert found.saved_as == "loraplex's own type"
     assert [site.rank for site in found.sites] == [2, 4]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.tuner.tiny_models import adapted, config, logits, tokens
 
-from loraplex.analysis.routing import RoutingWatch, by_task, gate_records, history, measure_routing, overview, plain
 from loraplex.analysis.routing_plot import draw_routing
+from loraplex.tuner.routing import RoutingWatch, by_task, gate_records, history, measure_routing, overview, plain
 
 TARGETS = {"adapter": {"name": "hydra", "heads": 3}, "target_modules": ["up_proj", "down_proj"]}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.comparison.recipe import read_comparison
+from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.training.estimate import build_without_weights, model_config
 from loraplex.training.preparation import adapter_config, head_size
 from loraplex.tuner.counting import count_parameters

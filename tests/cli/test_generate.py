@@ -20,7 +20,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose adapter makes the embedded model talk nonsense."""
     run = tmp_path_factory.mktemp("run")
     config = AdapterConfig(
-        r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_weights=False, seed=0
+        r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False, seed=0
     )
     get_peft_model(load_model("embedded"), config).save_pretrained(str(run / "adapter"))
     return run

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from loraplex import AdapterConfig
-from loraplex.adapters.registry import Adapter, Axis, Capability, Method, illegal
+from loraplex.adapters.registry import Adapter, Axis, Capability, Method, incompatibility
 from loraplex.cli.main import main
 from loraplex.cli.methods import describe
 from loraplex.methods import REGISTRY
@@ -36,12 +36,12 @@ def test_the_matrix_holds_every_pair_and_says_what_the_registry_says(description
     pairs = list(product(REGISTRY.members(Axis.FACTORS), REGISTRY.members(Axis.COMBINE)))
     assert len(description["matrix"]) == len(pairs)
     for row, (factors, combine) in zip(description["matrix"], pairs, strict=True):
-        assert row["refused"] == illegal(factors, combine)
+        assert row["refused"] == incompatibility(factors, combine)
         if row["refused"] is None:
             adapter = Adapter(factors.options(), combine.options())
-            assert (row["saved_as"], row["mergeable"]) == (adapter.deployed.value, adapter.mergeable)
+            assert (row["saved_as"], row["mergeable"]) == (adapter.save_format.value, adapter.mergeable)
             for other in REGISTRY.members(Axis.ALLOCATION):
-                assert row["allocation"][other.name] == illegal(factors, combine, other)
+                assert row["allocation"][other.name] == incompatibility(factors, combine, other)
 
 
 def test_a_pair_that_is_refused_points_to_the_reason(
@@ -56,7 +56,7 @@ def test_a_pair_that_is_refused_points_to_the_reason(
     monkeypatch.setitem(REGISTRY.methods, (Axis.COMBINE, "picky"), picky)
     lora = REGISTRY.get(Axis.FACTORS, "lora")
     row = next(row for row in describe()["matrix"] if (row["factors"], row["combine"]) == ("lora", "picky"))
-    assert row["refused"] == illegal(lora, picky)
+    assert row["refused"] == incompatibility(lora, picky)
     assert main(["methods"]) == 0
     printed = capsys.readouterr().out
     (number,) = re.findall(rf"^\((\d+)\) {re.escape(row['refused'])}$", printed, re.MULTILINE)
@@ -86,8 +86,8 @@ def test_a_page_of_one_method_has_its_options_and_a_recipe_that_is_read(
     assert all(option["what"].split()[0] in printed for option in page["options"])
     asked = yaml.safe_load(page["recipe"])["adapter"]
     config = AdapterConfig(**asked)
-    methods = [*config.typed_adapter.methods]
-    methods += [REGISTRY.of_options(config.typed_allocation), REGISTRY.of_options(config.typed_objective)]
+    methods = [*config.adapter.methods]
+    methods += [REGISTRY.of_options(config.allocation), REGISTRY.of_options(config.objective)]
     assert set(page["parts"]) <= {f"{method.axis.value} {method.name}" for method in methods}
 
 

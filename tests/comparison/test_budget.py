@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.comparison.budget import Counter, Solved, fixed, parse_budget, parse_match, solve, spread
+from loraplex.comparison.budget_matching import Counter, Solved, fixed, parse_budget, parse_match, solve, spread
 from loraplex.comparison.compare import kept_to_budget
 from loraplex.comparison.results import Run
 from loraplex.errors import UserError
@@ -21,7 +21,7 @@ from loraplex.training.recipe import Recipe
 
 @pytest.fixture
 def recipe(tiny_recipe: Path) -> Recipe:
-    return read_recipe(tiny_recipe, ["--adapter.r", "8", "--adapter.alpha", "16"])
+    return read_recipe(tiny_recipe, ["--adapter.r", "8", "--adapter.lora_alpha", "16"])
 
 
 def arm(recipe: Recipe, **adapter: Any) -> Recipe:
@@ -168,8 +168,8 @@ def test_other_budgets_are_refused(text: str) -> None:
 
 
 def test_match_names_an_adapter(recipe: Recipe) -> None:
-    config = adapter_config(parse_match("dora r=5 alpha=7", recipe))
-    assert (config.adapter, config.r, config.alpha) == ("dora", 5, 7)
+    config = adapter_config(parse_match("dora r=5 lora_alpha=7", recipe))
+    assert (config.adapter, config.r, config.lora_alpha) == ("dora", 5, 7)
     for text, message in (("lorra r=3", "Did you mean 'lora'"), ("lora 3", "such as 'lora r=16'")):
         with pytest.raises(UserError, match=message):
             parse_match(text, recipe)

@@ -8,8 +8,8 @@ import pytest
 from tests.conftest import write_pairs_recipe
 
 from loraplex.comparison import compare as comparing
+from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.comparison.jobs import Job
-from loraplex.comparison.recipe import read_comparison
 from loraplex.comparison.worker import DO
 from loraplex.training.reading import read_recipe
 

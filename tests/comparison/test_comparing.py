@@ -13,9 +13,9 @@ from tests.conftest import write_tiny_recipe
 
 from loraplex.cli.main import main
 from loraplex.comparison.compare import _Sweep, compare
+from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.comparison.grouped import joined
 from loraplex.comparison.jobs import Kind, make_job
-from loraplex.comparison.recipe import read_comparison
 from loraplex.comparison.results import Comparison, Item, Run, read_results
 from loraplex.errors import UserError
 from loraplex.training.reading import read_recipe

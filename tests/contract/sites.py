@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loraplex import Adapter
 from loraplex.adapters.contracts import SiteAdapter, SiteInit
-from loraplex.adapters.registry import Axis, Capability, Method, illegal
+from loraplex.adapters.registry import Axis, Capability, Method, incompatibility
 from loraplex.errors import UserError
 from loraplex.methods import REGISTRY
 from loraplex.tuner.layer import FrozenLinear
@@ -31,7 +31,7 @@ def adapters() -> list[Adapter]:
         Adapter(factors, combine)
         for f in REGISTRY.members(Axis.FACTORS)
         for c in REGISTRY.members(Axis.COMBINE)
-        if illegal(f, c) is None
+        if incompatibility(f, c) is None
         for factors in variants(f)
         for combine in variants(c)
     ]

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraplex
 from loraplex import AdapterConfig
-from loraplex.adapters.registry import Deployed
-from loraplex.tuner.plain import save_plain
+from loraplex.adapters.registry import SaveFormat
+from loraplex.tuner.peft_format import save_peft_format
 
 EVERY = pytest.mark.parametrize("options", adapters(), ids=label)
 
@@ -31,7 +31,7 @@ def base_model(dtype=torch.float32) -> LlamaForCausalLM:
 
 def adapted(options, base=None, name="default", **fields):
     config = AdapterConfig(
-        adapter=options, r=3, alpha=5, target_modules="all-linear", task_type="CAUSAL_LM", seed=11, **fields
+        adapter=options, r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM", seed=11, **fields
     )
     return get_peft_model(base_model() if base is None else base, config, adapter_name=name)
 
@@ -69,7 +69,7 @@ def test_saved_adapter_loads_bit_equal(options, ids, tmp_path):
 
 @EVERY
 def test_what_is_exactly_lora_loads_in_stock_peft(options, ids, tmp_path):
-    if options.deployed is Deployed.OWN:
+    if options.save_format is SaveFormat.OWN:
         pytest.skip("has its own type")
     model = perturb(adapted(options))
     model.save_pretrained(tmp_path)
@@ -81,16 +81,16 @@ def test_what_is_exactly_lora_loads_in_stock_peft(options, ids, tmp_path):
 @EVERY
 @pytest.mark.parametrize("closed", [False, True], ids=["all ranks", "closed ranks"])
 def test_pairs_written_out_load_in_stock_peft(options, closed, ids, tmp_path):
-    if options.plain is Deployed.OWN:
+    if options.peft_format is SaveFormat.OWN:
         with pytest.raises(loraplex.UserError, match=r"not one pair \(A, B\) per site"):
-            save_plain(adapted(options), tmp_path)
+            save_peft_format(adapted(options), tmp_path)
         return
     model = perturb(adapted(options, alpha_pattern={"v_proj": 2.0}))
     if closed:
         model.base_model.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
         model.base_model.close_ranks("default", "model.layers.1.mlp.down_proj", [0, 1, 2])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    save_plain(model, tmp_path)
+    save_peft_format(model, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     stock = PeftModel.from_pretrained(base_model(), tmp_path)
     assert type(stock.base_model).__name__ == "LoraModel"
@@ -99,7 +99,7 @@ def test_pairs_written_out_load_in_stock_peft(options, closed, ids, tmp_path):
 
 @EVERY
 def test_compacted_adapter_loads_in_stock_peft(options, ids, tmp_path):
-    if options.deployed is Deployed.OWN:
+    if options.save_format is SaveFormat.OWN:
         pytest.skip("has its own type")
     model = perturb(adapted(options, alpha_pattern={"v_proj": 2.0}))
     model.base_model.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
@@ -148,10 +148,10 @@ def _check_restored(base, before):
 @EVERY
 def test_config_round_trip_and_unknown_key(options, tmp_path):
     config = AdapterConfig(adapter=options, r=3, target_modules=["q_proj"], seed=4)
-    config.live = True  # in our own type
+    config.state.live = True  # in our own type
     config.save_pretrained(str(tmp_path))
     again = AdapterConfig.from_pretrained(str(tmp_path))
-    assert again.typed_adapter == options
+    assert again.adapter == options
     assert again.to_dict() == config.to_dict()
     text = (tmp_path / "adapter_config.json").read_text().replace('"r"', '"rankk"')
     (tmp_path / "adapter_config.json").write_text(text)

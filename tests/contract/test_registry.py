@@ -12,10 +12,10 @@ from loraplex import Adapter, LoRA, Magnitude, UserError
 from loraplex.adapters.registry import (
     Axis,
     Capability,
-    Deployed,
     Method,
+    SaveFormat,
     describe_member,
-    illegal,
+    incompatibility,
     parse_adapter,
     parse_member,
 )
@@ -32,7 +32,7 @@ def test_every_record_is_complete(method):
     assert method.options() == method.options()
     if method.axis in (Axis.FACTORS, Axis.COMBINE):
         assert variants(method)
-    if method.axis is Axis.OBJECTIVE and method.deployed is Deployed.OWN:
+    if method.axis is Axis.OBJECTIVE and method.save_format is SaveFormat.OWN:
         assert importlib.import_module(f"tests.reference.{method.name}").loss
         assert (ROOT / "recipes" / f"{method.name}.yaml").is_file()
 
@@ -72,7 +72,7 @@ def test_an_illegal_combination_says_what_is_missing():
     routed = Method(
         "routed", Axis.FACTORS, Options, "-", "-", "0", provides=frozenset({Capability.ROUTED, Capability.PAIR})
     )
-    reason = illegal(routed, REGISTRY.get(Axis.COMBINE, "magnitude"))
+    reason = incompatibility(routed, REGISTRY.get(Axis.COMBINE, "magnitude"))
     assert reason == (
         "combine 'magnitude' needs a weight change that is the same for every token, which 'routed' does not offer"
     )
@@ -107,8 +107,8 @@ def test_an_objective_that_needs_the_rank_space_is_refused_without():
         pass
 
     closed = Method("closed", Axis.FACTORS, Options, "-", "-", "0", provides=frozenset({Capability.PAIR}))
-    reason = illegal(closed, REGISTRY.get(Axis.COMBINE, "magnitude"), REGISTRY.get(Axis.OBJECTIVE, "echo"))
+    reason = incompatibility(closed, REGISTRY.get(Axis.COMBINE, "magnitude"), REGISTRY.get(Axis.OBJECTIVE, "echo"))
     assert "objective 'echo' needs a rank space that takes additional input" in str(
-        illegal(closed, REGISTRY.get(Axis.OBJECTIVE, "echo"))
+        incompatibility(closed, REGISTRY.get(Axis.OBJECTIVE, "echo"))
     )
     assert reason is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex import ALoRA, Hetero
+from loraplex import ALoRA, HeteroLoRA
 from loraplex.data import Example, read_examples
 from loraplex.data.sources import benchmark_root
 from loraplex.training.preparation import adapter_config
@@ -54,7 +54,7 @@ def test_the_published_values_of_hydralora() -> None:
     assert read.adapter == {
         "adapter": {"name": "hydra", "heads": 4},
         "r": 4,
-        "alpha": 32,
+        "lora_alpha": 32,
         "target_modules": ["gate_proj", "up_proj", "down_proj"],
         "lora_dropout": 0.05,
     }
@@ -78,10 +78,10 @@ def test_the_published_values_of_heterolora() -> None:
     assert (opt.model.name, llama.model.name) == ("facebook/opt-350m", "meta-llama/Llama-2-7b-hf")
     for read, share, every in ((opt, 0.25, 0.2), (llama, 0.33, 0.25)):
         assert read.adapter["target_modules"] == ["q_proj", "v_proj"]
-        allocation = adapter_config(read).typed_allocation
-        assert allocation == Hetero(share=share, every=every)
+        allocation = adapter_config(read).allocation
+        assert allocation == HeteroLoRA(share=share, interval=every)
         assert (allocation.proxy, allocation.unit, allocation.batches) == ("grad_norm", "modules", 32)
-    assert [(read.adapter["r"], read.adapter["alpha"]) for read in (opt, llama)] == [(8, 16), (64, 16)]
+    assert [(read.adapter["r"], read.adapter["lora_alpha"]) for read in (opt, llama)] == [(8, 16), (64, 16)]
     for read, rate in ((opt, 2e-4), (llama, 2e-5)):
         training = read.training
         assert (training.learning_rate, training.schedule, training.weight_decay) == (rate, "cosine", 0.01)
@@ -90,8 +90,8 @@ def test_the_published_values_of_heterolora() -> None:
 
 def test_the_published_values_of_alora() -> None:
     read = recipe("alora-llama2-7b")
-    allocation = adapter_config(read).typed_allocation
-    assert allocation == ALoRA(rounds=8, pruned=7, first=1.0, then=0.25, batches=2)
+    allocation = adapter_config(read).allocation
+    assert allocation == ALoRA(rounds=8, ranks_per_round=7, warmup_epochs=1.0, interval_epochs=0.25, batches=2)
     assert allocation.batches * read.training.batch_size == 32
     assert (read.adapter["r"], len(read.adapter["target_modules"])) == (8, 7)
     training = read.training

@@ -22,7 +22,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
 
     def adapter(base: Path = tiny_model, stock: bool = False, change: Any = None, **fields: Any) -> Path:
         given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
-        config = LoraConfig(**given) if stock else AdapterConfig(**{"seed": 1, "alpha": 6, **given})
+        config = LoraConfig(**given) if stock else AdapterConfig(**{"seed": 1, "lora_alpha": 6, **given})
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         move(model, seed=2)
         if change is not None:

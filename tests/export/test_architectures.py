@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from loraplex.export.exporting import Order, export
+from loraplex.export.exporting import ExportRequest, export
 from loraplex.export.targets import TARGETS
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")
@@ -35,7 +35,7 @@ def test_it_goes_everywhere(make, tiny_model: Path, tmp_path: Path, build, to: s
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model / file, base)
     adapter = make(base=base, r=3, alpha_pattern={"c_attn" if build is gpt2 else "q_proj": 9})
-    done = export(Order(str(adapter), to, tmp_path / "out"))
+    done = export(ExportRequest(str(adapter), to, tmp_path / "out"))
     assert done.agreements
     for found in done.agreements:
         assert found.passed

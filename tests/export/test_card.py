@@ -12,7 +12,7 @@ from tests.conftest import write_tiny_recipe
 
 from loraplex.cli.main import main
 from loraplex.export.base_lines import base_lines
-from loraplex.export.exporting import Order, export
+from loraplex.export.exporting import ExportRequest, export
 from loraplex.export.targets import TARGETS
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")
@@ -27,7 +27,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def card(run: Path, to: str, output: Path) -> str:
-    export(Order(str(run), to, output))
+    export(ExportRequest(str(run), to, output))
     return (output / "README.md").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraplex import UserError
-from loraplex.export.exporting import Order, export
+from loraplex.export.exporting import ExportRequest, export
 from loraplex.export.gguf import ARCHITECTURES, FILE, permute, place, read_as_llama_cpp, unpermute
 from loraplex.models.embedded import GGUF_NAME, MODEL
 from loraplex.models.loading import load_config, load_model
@@ -15,7 +15,7 @@ from loraplex.models.packaged import package_dir
 
 def test_the_file_computes_what_the_adapter_does(make) -> None:
     adapter = make(rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7}, alpha_pattern={"v_proj": 30})
-    done = export(Order(str(adapter), "gguf", adapter.with_name("out")))
+    done = export(ExportRequest(str(adapter), "gguf", adapter.with_name("out")))
     (found,) = done.agreements
     assert found.reader == "llama.cpp's Python reader"
     assert found.passed
@@ -41,7 +41,7 @@ def test_the_order_of_the_rows_matters_and_is_undone(make, monkeypatch: pytest.M
     adapter = make(target_modules=["q_proj", "k_proj"])
     monkeypatch.setattr("loraplex.export.gguf.unpermute", lambda rows, heads: rows)
     with pytest.raises(UserError, match="does not compute what the adapter does"):
-        export(Order(str(adapter), "gguf", adapter.with_name("out")))
+        export(ExportRequest(str(adapter), "gguf", adapter.with_name("out")))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
@@ -55,7 +55,7 @@ def test_rows_that_turn_together_become_neighbours(heads: int) -> None:
 @pytest.mark.parametrize(("dtype", "file_type"), [("float16", 1), ("bfloat16", 32)])
 def test_smaller_data_types(make, dtype: str, file_type: int) -> None:
     adapter = make()
-    done = export(Order(str(adapter), "gguf", adapter.with_name("out"), dtype=dtype))
+    done = export(ExportRequest(str(adapter), "gguf", adapter.with_name("out"), dtype=dtype))
     reader = gguf.GGUFReader(done.folder / FILE)
     assert reader.get_field("general.file_type").contents() == file_type
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
@@ -65,7 +65,7 @@ def test_smaller_data_types(make, dtype: str, file_type: int) -> None:
 def test_what_llama_cpp_has_no_form_for_is_refused(make) -> None:
     adapter = make(adapter="dora")
     with pytest.raises(UserError, match=r"llama\.cpp takes plain LoRA only"):
-        export(Order(str(adapter), "gguf", adapter.with_name("out")))
+        export(ExportRequest(str(adapter), "gguf", adapter.with_name("out")))
 
 
 def test_names_of_every_architecture() -> None:

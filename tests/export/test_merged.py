@@ -12,9 +12,9 @@ from tests.tuner.tiny_models import gpt2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loraplex import Adapter, UserError
-from loraplex.export.exporting import Order, export
+from loraplex.export.exporting import ExportRequest, export
 from loraplex.export.merged import refuse_shared, rounding_losses
-from loraplex.models.adapted import load_adapted
+from loraplex.tuner.adapted_model import load_adapted
 
 MERGEABLE = [adapter for adapter in legal_adapters() if adapter.mergeable]
 
@@ -22,7 +22,7 @@ MERGEABLE = [adapter for adapter in legal_adapters() if adapter.mergeable]
 @pytest.mark.parametrize("adapter", MERGEABLE, ids=name)
 def test_merged_equals_unmerged_in_float32(make, adapter: Adapter) -> None:
     folder = make(adapter=adapter)
-    done = export(Order(str(folder), "merged", folder.with_name("out")))
+    done = export(ExportRequest(str(folder), "merged", folder.with_name("out")))
     (found,) = done.agreements
     assert found.passed
     assert found.tolerance == 1e-5
@@ -35,12 +35,12 @@ def test_merged_equals_unmerged_in_float32(make, adapter: Adapter) -> None:
 
 def test_what_is_trained_beside_the_sites_is_merged_too(make) -> None:
     folder = make(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all")
-    assert export(Order(str(folder), "merged", folder.with_name("out"))).agreements[0].passed
+    assert export(ExportRequest(str(folder), "merged", folder.with_name("out"))).agreements[0].passed
 
 
 def test_trained_rows_of_the_embedding_are_merged_too(make, tiny_model: Path) -> None:
     folder = make(target_modules=["q_proj"], trainable_token_indices=[3, 5])
-    done = export(Order(str(folder), "merged", folder.with_name("out")))
+    done = export(ExportRequest(str(folder), "merged", folder.with_name("out")))
     assert done.agreements[0].passed
     before, after = (
         AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight for path in (tiny_model, done.folder)
@@ -53,7 +53,7 @@ def test_every_data_type_says_what_it_loses(make) -> None:
     losses = rounding_losses(load_adapted(str(folder), dtype="float32"))
     assert losses[torch.float32] == 0
     assert 0 < losses[torch.float16] < losses[torch.bfloat16] < 0.05
-    done = export(Order(str(folder), "merged", folder.with_name("out"), dtype="bfloat16"))
+    done = export(ExportRequest(str(folder), "merged", folder.with_name("out"), dtype="bfloat16"))
     assert f"bfloat16 {losses[torch.bfloat16]:.2g} (written)" in done.notes[0]
     assert AutoConfig.from_pretrained(done.folder).dtype == torch.bfloat16
     assert done.agreements[0].max_difference > 1e-4
@@ -63,7 +63,7 @@ def test_above_the_tolerance_nothing_is_put_in_place(make) -> None:
     folder = make()
     out = folder.with_name("out")
     with pytest.raises(UserError, match=r"says transformers: a logit differs by .* nothing was put in place"):
-        export(Order(str(folder), "merged", out, dtype="bfloat16", tolerance=1e-6))
+        export(ExportRequest(str(folder), "merged", out, dtype="bfloat16", tolerance=1e-6))
     assert sorted(entry.name for entry in folder.parent.iterdir()) == ["adapter"]
 
 
@@ -92,7 +92,7 @@ def quantized(tiny_model: Path, folder: Path) -> Path:
 def test_a_quantized_base_is_refused_before_it_is_loaded(make, tiny_model: Path, tmp_path: Path) -> None:
     folder, base = make(), quantized(tiny_model, tmp_path / "base")
     with pytest.raises(UserError, match=r"the base model is quantized \(bitsandbytes\).*--dequantize"):
-        export(Order(str(folder), "merged", tmp_path / "out", model=str(base)))
+        export(ExportRequest(str(folder), "merged", tmp_path / "out", model=str(base)))
 
 
 def test_on_request_a_quantized_base_is_dequantized(make, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
@@ -114,6 +114,6 @@ def test_on_request_a_quantized_base_is_dequantized(make, tiny_model: Path, tmp_
         return model
 
     monkeypatch.setattr("loraplex.export.exporting.load_model", load)
-    export(Order(str(folder), "merged", tmp_path / "out", model=str(base), dtype="float32", dequantize=True))
+    export(ExportRequest(str(folder), "merged", tmp_path / "out", model=str(base), dtype="float32", dequantize=True))
     assert asked == [str(base)]
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -8,17 +8,17 @@ from safetensors.torch import load_file
 from tests.export.methods import legal_adapters, name
 
 from loraplex import Adapter
-from loraplex.adapters.registry import Deployed
-from loraplex.export.exporting import Order, export
+from loraplex.adapters.registry import SaveFormat
+from loraplex.export.exporting import ExportRequest, export
 from loraplex.export.pairs import explicit_targets
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")
-ONE_PAIR = [adapter for adapter in legal_adapters() if adapter.plain is not Deployed.OWN]
+ONE_PAIR = [adapter for adapter in legal_adapters() if adapter.peft_format is not SaveFormat.OWN]
 
 
 def exported(adapter: Path, **order):
     """Export to PEFT; the config and the tensors of what came out."""
-    done = export(Order(str(adapter), "peft", adapter.with_name("out"), **order))
+    done = export(ExportRequest(str(adapter), "peft", adapter.with_name("out"), **order))
     config = json.loads((done.folder / "adapter_config.json").read_text())
     return done, config, load_file(done.folder / "adapter_model.safetensors")
 

@@ -5,7 +5,7 @@ import pytest
 from loraplex import UserError
 from loraplex.allocation.sites import EDGES
 from loraplex.analysis.inspection import inspect
-from loraplex.export.exporting import Order, export
+from loraplex.export.exporting import ExportRequest, export
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")
 SHORTCUTS = {"name": "uniform", "shortcuts": True, "shortcut_r": 2}
@@ -15,7 +15,7 @@ SHORTCUTS = {"name": "uniform", "shortcuts": True, "shortcut_r": 2}
 def test_they_are_refused_with_the_reason(make, to: str) -> None:
     adapter = make(allocation=SHORTCUTS)
     with pytest.raises(UserError, match=r"'lora' has shortcuts between points of the residual stream.*no weight"):
-        export(Order(str(adapter), to, adapter.with_name("out")))
+        export(ExportRequest(str(adapter), to, adapter.with_name("out")))
     assert not adapter.with_name("out").exists()
 
 
@@ -25,7 +25,7 @@ def test_a_checkpoint_is_refused_once_its_weights_are_read(make) -> None:
 
     adapter = make(allocation={"name": "hetero", "shortcuts": True, "shortcut_r": 2}, change=live)
     with pytest.raises(UserError, match=r"has 6 shortcuts, such as model\.layers\.0\.residual_attention, between"):
-        export(Order(str(adapter), "peft", adapter.with_name("out")))
+        export(ExportRequest(str(adapter), "peft", adapter.with_name("out")))
 
 
 def test_with_all_of_them_closed_it_is_exported(make) -> None:
@@ -34,7 +34,7 @@ def test_with_all_of_them_closed_it_is_exported(make) -> None:
             model.base_model.close_ranks("default", site, [0, 1])
 
     adapter = make(allocation={"name": "hetero", "shortcuts": True, "shortcut_r": 2}, change=close)
-    done = export(Order(str(adapter), "peft", adapter.with_name("out")))
+    done = export(ExportRequest(str(adapter), "peft", adapter.with_name("out")))
     assert done.agreements[0].passed
 
 

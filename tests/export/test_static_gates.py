@@ -11,11 +11,11 @@ from tests.conftest import WORDS
 from loraplex import UserError
 from loraplex.cli.main import main
 from loraplex.data import DataOptions
-from loraplex.export.exporting import Order, export, export_per_task
+from loraplex.export.exporting import ExportRequest, export, export_per_task
 from loraplex.export.static_gates import StaticGates
 from loraplex.export.targets import TARGETS
-from loraplex.models.adapted import load_adapted
 from loraplex.models.loading import load_tokenizer
+from loraplex.tuner.adapted_model import load_adapted
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")
 HYDRA = {"adapter": {"name": "hydra", "heads": 3}}
@@ -42,7 +42,7 @@ def static(source: str, task: str | None = None) -> StaticGates:
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_without_the_flag_it_is_refused_with_what_can_be_done(make, target) -> None:
     with pytest.raises(UserError, match=r"'hydra' .*serve it with loraplex itself, or .*--static-gates ROWS"):
-        export(Order(str(make(**HYDRA)), target, Path("nowhere")))
+        export(ExportRequest(str(make(**HYDRA)), target, Path("nowhere")))
     assert not Path("nowhere").exists()
 
 
@@ -50,7 +50,9 @@ def test_what_is_written_is_the_fixed_model_and_its_distance_is_reported(make, t
     adapter = make(**HYDRA, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})
     calibration, held_out = rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl", shift=3)
     done = export(
-        Order(str(adapter), "peft", tmp_path / "out", data=DataOptions(test=held_out), static=static(calibration))
+        ExportRequest(
+            str(adapter), "peft", tmp_path / "out", data=DataOptions(test=held_out), static=static(calibration)
+        )
     )
     # stock PEFT computes what the fixed model computes, to rounding
     (found,) = done.agreements
@@ -76,7 +78,9 @@ def test_rows_without_options_leave_the_accuracy_to_the_others(make, tmp_path: P
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"prompt": "the dog", "completion": " sat"}\n')
     data = DataOptions(test=(rows(tmp_path / "b.jsonl", shift=3), str(plain)))
-    order = Order(str(make(**HYDRA)), "peft", tmp_path / "out", data=data, static=static(rows(tmp_path / "a.jsonl")))
+    order = ExportRequest(
+        str(make(**HYDRA)), "peft", tmp_path / "out", data=data, static=static(rows(tmp_path / "a.jsonl"))
+    )
     given_up = export(order).approximation
     assert (given_up.agreement.rows, given_up.accuracy[0].items) == (7, 6)
 
@@ -84,7 +88,7 @@ def test_rows_without_options_leave_the_accuracy_to_the_others(make, tmp_path: P
 def test_the_pair_is_a_and_the_mean_of_the_heads(make, tiny_model: Path, tmp_path: Path) -> None:
     """Formed here from the file of the routed adapter and from gates that hooks see."""
     adapter, calibration = make(**HYDRA), rows(tmp_path / "a.jsonl")
-    export(Order(str(adapter), "peft", tmp_path / "out", static=static(calibration)))
+    export(ExportRequest(str(adapter), "peft", tmp_path / "out", static=static(calibration)))
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     model, site = load_adapted(str(adapter)), "model.layers.1.mlp.up_proj"
     layer = model.get_base_model().get_submodule(site)
@@ -116,7 +120,7 @@ def test_a_router_that_does_not_look_at_the_token_loses_nothing(make, tmp_path: 
                 parameter.data.zero_()
 
     adapter = make(**HYDRA, change=no_router)
-    done = export(Order(str(adapter), "peft", tmp_path / "out", static=static(rows(tmp_path / "a.jsonl"))))
+    done = export(ExportRequest(str(adapter), "peft", tmp_path / "out", static=static(rows(tmp_path / "a.jsonl"))))
     found = done.approximation.agreement
     assert found.max_difference <= 1e-5 * found.largest_logit
     assert found.same_top1 == 1
@@ -128,7 +132,7 @@ def test_closed_ranks_are_left_out(make, tmp_path: Path) -> None:
         model.base_model.close_ranks("default", "model.layers.1.mlp.down_proj", [1, 3])
 
     adapter = make(**HYDRA, change=close)
-    done = export(Order(str(adapter), "peft", tmp_path / "out", static=static(rows(tmp_path / "a.jsonl"))))
+    done = export(ExportRequest(str(adapter), "peft", tmp_path / "out", static=static(rows(tmp_path / "a.jsonl"))))
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {r"^model\.layers\.1\.mlp\.down_proj": 2}
 
@@ -137,7 +141,9 @@ def test_a_folder_per_task(make, tmp_path: Path) -> None:
     adapter = make(**HYDRA)
     calibration = rows(tmp_path / "a.jsonl", tasks=("sums", "logic/one"))
     held_out = rows(tmp_path / "b.jsonl", tasks=("sums", "logic/one"), shift=3)
-    order = Order(str(adapter), "peft", tmp_path / "out", data=DataOptions(test=held_out), static=static(calibration))
+    order = ExportRequest(
+        str(adapter), "peft", tmp_path / "out", data=DataOptions(test=held_out), static=static(calibration)
+    )
     done = export_per_task(order)
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["logic-one", "sums"]
     assert {one.approximation.rows for one in done.values()} == {3}
@@ -158,14 +164,14 @@ def test_what_is_refused(make, tmp_path: Path, change, message) -> None:
     adapter = make(**({"adapter": "lora"} if "adapter" in change else HYDRA))
     source = rows(tmp_path / "a.jsonl", tasks=("one",))
     data = DataOptions(test=source) if "data" in change else None
-    order = Order(str(adapter), "peft", tmp_path / "out", data=data, static=static(source, change.get("task")))
+    order = ExportRequest(str(adapter), "peft", tmp_path / "out", data=data, static=static(source, change.get("task")))
     with pytest.raises(UserError, match=message):
         export(order)
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_without_tasks_have_no_folders_of_their_own(make, tmp_path: Path) -> None:
-    order = Order(str(make(**HYDRA)), "peft", tmp_path / "out", static=static(rows(tmp_path / "a.jsonl")))
+    order = ExportRequest(str(make(**HYDRA)), "peft", tmp_path / "out", static=static(rows(tmp_path / "a.jsonl")))
     with pytest.raises(UserError, match="--per-task needs a 'task' in every calibration row"):
         export_per_task(order)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from loraplex import AdapterConfig
-from loraplex.adapters.registry import Axis, Capability, Deployed, Method
-from loraplex.export.subject import Subject
+from loraplex.adapters.registry import Axis, Capability, Method, SaveFormat
+from loraplex.export.subject import ExportCandidate
 from loraplex.export.targets import TARGETS, refusals
 from loraplex.methods import REGISTRY
 
@@ -20,16 +20,16 @@ class Options:
 def subject(monkeypatch: pytest.MonkeyPatch):
     """A function that describes an adapter with a combine of given flags."""
 
-    def make(**flags) -> Subject:
+    def make(**flags) -> ExportCandidate:
         combine = Method("other", Axis.COMBINE, Options, "", "", "", needs=frozenset({Capability.PAIR}), **flags)
         monkeypatch.setitem(REGISTRY.methods, (Axis.COMBINE, "other"), combine)
-        return Subject(AdapterConfig(adapter={"factors": "lora", "combine": "other"}), {})
+        return ExportCandidate(AdapterConfig(adapter={"factors": "lora", "combine": "other"}), {})
 
     return make
 
 
 def test_what_is_no_pair_can_still_be_merged(subject) -> None:
-    found = refusals(subject(deployed=Deployed.OWN, mergeable=True))
+    found = refusals(subject(save_format=SaveFormat.OWN, mergeable=True))
     assert found.pop("merged") is None
     for reason in found.values():
         assert reason is not None
@@ -37,7 +37,7 @@ def test_what_is_no_pair_can_still_be_merged(subject) -> None:
 
 
 def test_what_changes_every_token_differently_goes_nowhere(subject) -> None:
-    found = refusals(subject(deployed=Deployed.OWN, mergeable=False))
+    found = refusals(subject(save_format=SaveFormat.OWN, mergeable=False))
     assert set(found) == set(TARGETS)
     for reason in found.values():
         assert reason is not None
@@ -45,7 +45,7 @@ def test_what_changes_every_token_differently_goes_nowhere(subject) -> None:
 
 
 def test_a_magnitude_goes_to_peft_and_into_the_weights_only(subject) -> None:
-    found = refusals(subject(deployed=Deployed.DORA))
+    found = refusals(subject(save_format=SaveFormat.DORA))
     assert [name for name, reason in found.items() if reason is None] == ["peft", "merged"]
     assert "full rank" in str(found["vllm"])
 
@@ -53,11 +53,13 @@ def test_a_magnitude_goes_to_peft_and_into_the_weights_only(subject) -> None:
 def test_a_quantized_base_is_merged_into_on_request_only() -> None:
     base = type("Config", (), {"quantization_config": {"quant_method": "gptq"}, "model_type": "llama"})()
     config = AdapterConfig()
-    assert "quantized (gptq)" in str(TARGETS["merged"].refuse(Subject(config, {}, base)))
-    assert TARGETS["merged"].refuse(Subject(config, {}, base, dequantize=True)) is None
-    assert TARGETS["vllm"].refuse(Subject(config, {}, base)) is None
+    assert "quantized (gptq)" in str(TARGETS["merged"].refuse(ExportCandidate(config, {}, base)))
+    assert TARGETS["merged"].refuse(ExportCandidate(config, {}, base, dequantize=True)) is None
+    assert TARGETS["vllm"].refuse(ExportCandidate(config, {}, base)) is None
 
 
 def test_a_rank_beyond_the_engines_largest() -> None:
-    assert TARGETS["vllm"].refuse(Subject(AdapterConfig(), {"q_proj": 512})) is None
-    assert "rank 513 is beyond the 512" in str(TARGETS["vllm"].refuse(Subject(AdapterConfig(), {"q_proj": 513})))
+    assert TARGETS["vllm"].refuse(ExportCandidate(AdapterConfig(), {"q_proj": 512})) is None
+    assert "rank 513 is beyond the 512" in str(
+        TARGETS["vllm"].refuse(ExportCandidate(AdapterConfig(), {"q_proj": 513}))
+    )

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from loraplex import UserError
 from loraplex.export.engine import RANKS, engine_rank, read_as_engine
-from loraplex.export.exporting import Order, export
+from loraplex.export.exporting import ExportRequest, export
 from loraplex.export.verification import pair_logits, read_prompts
-from loraplex.models.adapted import load_adapted
 from loraplex.models.agreement import model_logits
 from loraplex.models.loading import load_model, load_tokenizer
+from loraplex.tuner.adapted_model import load_adapted
 
 pytestmark = pytest.mark.usefixtures("stock_in_process")
 PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9}, "alpha_pattern": {"v_proj": 30}}
@@ -21,7 +21,7 @@ PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9}, "alpha_pat
 
 def test_the_engines_rule_finds_the_adapter_in_the_export_and_not_in_the_original(make, tiny_model: Path) -> None:
     adapter = make(**PATTERNS)
-    done = export(Order(str(adapter), "vllm", adapter.with_name("out")))
+    done = export(ExportRequest(str(adapter), "vllm", adapter.with_name("out")))
     assert [found.reader for found in done.agreements] == ["stock PEFT", "the engines' reading rule"]
     assert all(found.passed and found.tolerance == 1e-5 for found in done.agreements)
     # read as it is, the original is another adapter: this is what the export is for
@@ -47,7 +47,7 @@ def _as_an_engine_would(folder: Path):
 
 def test_one_rank_one_scale_no_patterns_explicit_targets(make) -> None:
     adapter = make(adapter={"name": "lora", "use_rslora": True}, **PATTERNS)
-    done = export(Order(str(adapter), "vllm", adapter.with_name("out")))
+    done = export(ExportRequest(str(adapter), "vllm", adapter.with_name("out")))
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (16, 16)
     assert not config["rank_pattern"]
@@ -63,7 +63,7 @@ def test_one_rank_one_scale_no_patterns_explicit_targets(make) -> None:
 @pytest.mark.parametrize("to", ["vllm", "gguf", "peft", "merged"])
 def test_an_output_head_of_its_own_is_a_site_like_any_other(make, to: str) -> None:
     adapter = make(target_modules=["lm_head", "q_proj"])
-    done = export(Order(str(adapter), to, adapter.with_name("out")))
+    done = export(ExportRequest(str(adapter), to, adapter.with_name("out")))
     assert all(found.passed for found in done.agreements)
     if to != "merged":
         assert "3 sites" in done.notes[0]
@@ -80,7 +80,7 @@ def test_an_output_head_of_its_own_is_a_site_like_any_other(make, to: str) -> No
 def test_what_engines_cannot_take_is_refused_with_the_way_out(make, fields, reason: str) -> None:
     adapter = make(**{"target_modules": ["q_proj", "v_proj"], **fields})
     with pytest.raises(UserError, match=reason):
-        export(Order(str(adapter), "vllm", adapter.with_name("out")))
+        export(ExportRequest(str(adapter), "vllm", adapter.with_name("out")))
     assert not adapter.with_name("out").exists()
 
 

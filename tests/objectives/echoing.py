@@ -25,7 +25,7 @@ def echoing(objective=None, *, base=None, dtype=torch.float64, moved=True, **fie
     )
     if moved:
         move(model, scale=0.3)
-    typed = model.peft_config["default"].typed_adapter
+    typed = model.peft_config["default"].adapter
     for module in model.modules():
         if isinstance(module, SiteLayer):
             module.oracle_options = (typed.factors, typed.combine)

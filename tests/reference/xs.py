@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from loraplex.adapters.xs import XS
+from loraplex.adapters.xs import LoRAXS
 
-VARIANTS = [XS(), XS(exact_svd=True, store_bases=True)]
+VARIANTS = [LoRAXS(), LoRAXS(exact_svd=True, store_bases=True)]
 
 
-def pair(options: XS, alpha: float, rank: int, w0: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def pair(options: LoRAXS, alpha: float, rank: int, w0: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return A (r, in) and B (out, r) with s = alpha/r on B."""
     return tensors["frozen_A"], alpha / rank * tensors["frozen_B"] @ tensors["lora_R"] @ tensors["gate"].diag()

@@ -143,7 +143,14 @@ def test_epochs_count_rows_that_are_not_held_out(pairs_recipe: Path) -> None:
 
 
 def test_an_allocation_drives_itself_and_its_ranks_are_saved(pairs_recipe: Path, tiny_encoder: Path) -> None:
-    allocation = {"name": "hetero", "proxy": "grad_norm", "share": 0.3, "unit": "parameters", "every": 3, "batches": 2}
+    allocation = {
+        "name": "hetero",
+        "proxy": "grad_norm",
+        "share": 0.3,
+        "unit": "parameters",
+        "interval": 3,
+        "batches": 2,
+    }
     recipe = read_recipe(pairs_recipe)
     result = train(dataclasses.replace(recipe, adapter={**recipe.adapter, "allocation": allocation}))
     decisions = result.metrics["allocation"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from loraplex.comparison.budget import Counter
+from loraplex.comparison.budget_matching import Counter
 from loraplex.training.estimate import estimate
 from loraplex.training.preparation import read_rows, resolve
 from loraplex.training.reading import read_recipe

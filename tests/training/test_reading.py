@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from loraplex.cli.main import main
-from loraplex.comparison.recipe import read_comparison
+from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.errors import UserError
 from loraplex.training.documentation import recipe_keys
 from loraplex.training.reading import parse_overrides, read_recipe, recipe_from_mapping, recipe_to_yaml, resolve_key

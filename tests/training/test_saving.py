@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from loraplex import AdapterConfig
 from loraplex.errors import UserError
-from loraplex.training.base_model import check_base, describe_base
+from loraplex.models.fingerprint import check_base, describe_base
 from loraplex.training.reloading import site_differences
 from loraplex.training.saving import save_checked
 
@@ -21,7 +21,7 @@ ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 @pytest.fixture(params=[torch.float32], ids=str)
 def trained(tiny_model: Path, request: pytest.FixtureRequest) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=request.param)
-    config = AdapterConfig(r=2, target_modules="all-linear", init_weights=False, seed=0, task_type="CAUSAL_LM")
+    config = AdapterConfig(r=2, target_modules="all-linear", init_lora_weights=False, seed=0, task_type="CAUSAL_LM")
     return get_peft_model(base, config)
 
 
@@ -65,7 +65,7 @@ def test_every_site_is_compared_whatever_hides_in_the_rounding(
 ) -> None:
     load = partial(AutoModelForCausalLM.from_pretrained, tiny_model, dtype=dtype)
     config = AdapterConfig(
-        adapter=adapter, r=2, target_modules="all-linear", init_weights=False, seed=0, task_type="CAUSAL_LM"
+        adapter=adapter, r=2, target_modules="all-linear", init_lora_weights=False, seed=0, task_type="CAUSAL_LM"
     )
     model = get_peft_model(load(), config)
     reloaded, report = save_checked(
@@ -85,7 +85,7 @@ def test_a_scale_that_is_wrong_at_one_site_is_named(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = partial(AutoModelForCausalLM.from_pretrained, tiny_model, dtype=torch.bfloat16)
-    config = AdapterConfig(r=2, target_modules="all-linear", init_weights=False, seed=0, task_type="CAUSAL_LM")
+    config = AdapterConfig(r=2, target_modules="all-linear", init_lora_weights=False, seed=0, task_type="CAUSAL_LM")
     model = get_peft_model(load(), config)
     write = model.save_pretrained
 
@@ -105,7 +105,7 @@ def test_a_scale_that_is_wrong_at_one_site_is_named(
 @pytest.fixture
 def recorded(tiny_model: Path, tmp_path: Path) -> Path:
     """A folder with the record of the tiny model."""
-    from loraplex.training.base_model import write_base
+    from loraplex.models.fingerprint import write_base
 
     write_base(tmp_path, describe_base(AutoModelForCausalLM.from_pretrained(tiny_model), "tiny"))
     return tmp_path

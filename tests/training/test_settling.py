@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from loraplex.adapters.contracts import Settled, SettlesFromData, SiteInit
+from loraplex.adapters.contracts import Resolved, ResolvesFromData, SiteInit
 from loraplex.adapters.lora import LoRA
 from loraplex.adapters.registry import REGISTRY, Axis
 from loraplex.cli.main import main
-from loraplex.comparison.compare import _settled, _Sweep
-from loraplex.comparison.recipe import read_comparison
+from loraplex.comparison.compare import _resolved, _Sweep
+from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.errors import UserError
 from loraplex.training import preparation
 from loraplex.training.reading import read_recipe
@@ -26,11 +26,11 @@ class Counting(LoRA):
 
     prompts: Any = 1
 
-    def settle(self, texts: Callable[[], Sequence[str]], seed: int) -> Settled | None:
+    def resolve_from_data(self, texts: Callable[[], Sequence[str]], seed: int) -> Resolved | None:
         if self.prompts != "auto":
             return None
         number = len(set(texts()))
-        return Settled(
+        return Resolved(
             dataclasses.replace(self, prompts=number), f"prompts: {number}", {"prompts": number, "seed": seed}
         )
 
@@ -65,11 +65,11 @@ def test_a_run_decides_says_and_keeps_it(recipe: Path, tiny_model: Path) -> None
     said: dict[str, str] = {}
     result = train(read_recipe(recipe), say=said.__setitem__)
     number = len(prompts(recipe))
-    assert said["settled"] == f"prompts: {number}"
+    assert said["decided"] == f"prompts: {number}"
     written = read_recipe(result.folder / "recipe.yaml")
     assert written.adapter["adapter"] == {"factors": "counting", "combine": "add", "prompts": number}
     assert written.adapter["r"] == 2
-    assert json.loads((result.folder / "settled.json").read_text()) == [{"prompts": number, "seed": 0}]
+    assert json.loads((result.folder / "decided.json").read_text()) == [{"prompts": number, "seed": 0}]
 
 
 def test_a_run_goes_on_with_what_was_decided(recipe: Path) -> None:
@@ -94,29 +94,29 @@ def test_a_full_folder_is_refused_before_the_rows_are_read(recipe: Path, monkeyp
 
 def test_rows_held_out_have_no_part_in_it(recipe: Path) -> None:
     options = ["--training.validation_rows", "10"]
-    settled, (choice,) = preparation.settle(read_recipe(recipe, options))
+    settled, (choice,) = preparation.resolve_from_data(read_recipe(recipe, options))
     train_rows, held_out = preparation.training_examples(settled)
     assert len(held_out) == 10
     assert choice.evidence["prompts"] == len({example.asked for example in train_rows})
-    assert preparation.settle(settled) == (settled, [])
+    assert preparation.resolve_from_data(settled) == (settled, [])
 
 
 def test_nothing_is_read_where_nothing_is_open(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "read_examples", None)
     for adapter in ("lora", "{factors: counting, prompts: 3}"):
         loaded = read_recipe(recipe, ["--adapter", adapter])
-        assert preparation.settle(loaded) == (loaded, [])
+        assert preparation.resolve_from_data(loaded) == (loaded, [])
     stock = dataclasses.replace(loaded, adapter={}, peft={"peft_type": "LORA"})
-    assert preparation.settle(stock) == (stock, [])
+    assert preparation.resolve_from_data(stock) == (stock, [])
 
 
 def test_plan_decides_too(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe)]) == 0
-    assert capsys.readouterr().out.startswith(f"settled: prompts: {len(prompts(recipe))}\n")
+    assert capsys.readouterr().out.startswith(f"decided: prompts: {len(prompts(recipe))}\n")
     assert main(["plan", str(recipe), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["trainable"] > 0
-    assert "settled: prompts" in captured.err
+    assert "decided: prompts" in captured.err
 
 
 def test_every_arm_of_a_comparison_is_decided_before_it_is_counted(recipe: Path) -> None:
@@ -126,9 +126,9 @@ def test_every_arm_of_a_comparison_is_decided_before_it_is_counted(recipe: Path)
     )
     said: list[tuple[str, str]] = []
     sweep = _Sweep(read_comparison(recipe), lambda topic, words: said.append((topic, words)), False)
-    arms = _settled(sweep).arms
+    arms = _resolved(sweep).arms
     number = len(prompts(recipe))
-    assert said == [("settled", f"open: prompts: {number}")]
+    assert said == [("decided", f"open: prompts: {number}")]
     assert arms["open"].adapter["adapter"] == {"factors": "counting", "combine": "add", "prompts": number}
     assert arms["plain"].adapter["adapter"] == "lora"
 
@@ -140,7 +140,7 @@ def test_without_rows_it_stays_open_and_says_so(tiny_model: Path) -> None:
     from loraplex import AdapterConfig
 
     config = AdapterConfig(adapter={"factors": "counting", "prompts": "auto"}, target_modules=["q_proj"])
-    assert isinstance(config.typed_adapter.factors, SettlesFromData)
-    assert not isinstance(config.typed_adapter.combine, SettlesFromData)
+    assert isinstance(config.adapter.factors, ResolvesFromData)
+    assert not isinstance(config.adapter.combine, ResolvesFromData)
     with pytest.raises(UserError, match="prompts is 'auto': give a number"):
         get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)

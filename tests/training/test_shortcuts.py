@@ -15,7 +15,7 @@ from loraplex.training.preparation import add_adapter, read_rows
 from loraplex.training.reading import read_recipe
 from loraplex.training.run import train
 
-OPTIONS = ["--adapter.allocation", "{name: hetero, batches: 2, share: 0.3, shortcuts: true, rankings: two}"]
+OPTIONS = ["--adapter.allocation", "{name: hetero, batches: 2, share: 0.3, shortcuts: true, separate_rankings: true}"]
 
 
 def test_the_estimate_counts_them_as_the_real_model_has_them(tiny_recipe: Path, tiny_model: Path) -> None:

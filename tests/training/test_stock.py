@@ -76,7 +76,7 @@ def test_from_equal_weights_our_lora_and_peft_s_have_one_loss_curve(tmp_path: Pa
     path.write_text(
         f"output: {tmp_path / 'run'}\n"
         "model: {name: embedded, dtype: float32}\n"
-        "adapter: {r: 4, alpha: 16}\n"
+        "adapter: {r: 4, lora_alpha: 16}\n"
         f"data: {{train: {data}}}\n"
         "training: {max_steps: 20, batch_size: 3, learning_rate: 1e-3, warmup: 2}\n"
     )

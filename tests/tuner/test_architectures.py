@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tests.tuner.tiny_models import ARCHITECTURES, KINDS, adapted, build, config, frozen_copy, logits, tokens, trainable
 
-from loraplex.adapters.registry import Deployed
+from loraplex.adapters.registry import SaveFormat
 from loraplex.tuner.layer import SiteLayer
 
 EVERY = [pytest.mark.parametrize("architecture", ARCHITECTURES), pytest.mark.parametrize("adapter", KINDS)]
@@ -90,7 +90,7 @@ def test_training_moves_the_adapter_and_nothing_else(architecture, adapter):
 def test_trained_adapter_saves_as_plain_lora_and_equals_stock_peft(architecture, adapter, tmp_path):
     model = adapted(architecture, adapter=adapter, moved=False)
     losses(model)
-    assert model.peft_config["default"].deployed is (Deployed.DORA if adapter == "dora" else Deployed.LORA)
+    assert model.peft_config["default"].save_format is (SaveFormat.DORA if adapter == "dora" else SaveFormat.LORA)
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(build(architecture), tmp_path)
     assert type(stock.base_model).__name__ == "LoraModel"

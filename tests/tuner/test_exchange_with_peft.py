@@ -189,7 +189,7 @@ def test_config_of_a_stock_folder(tmp_path):
     stock("both_patterns", "dora").save_pretrained(tmp_path)
     config = AdapterConfig.from_peft(str(tmp_path))
     expected = our_config("both_patterns", "dora")
-    for field in ("adapter", "r", "alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "bias", "task_type"):
+    for field in ("adapter", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "bias", "task_type"):
         assert getattr(config, field) == getattr(expected, field), field
     live = adapted()
     live.base_model.close_ranks("default", "model.layers.0.mlp.up_proj", [0])

@@ -16,9 +16,9 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from loraplex import AdapterConfig, UserError
+from loraplex.batch_loss import trl
+from loraplex.batch_loss.packing import pack, unsupported
 from loraplex.kernels.packed_attention import PACKED_ATTENTION
-from loraplex.tuner import fused_head
-from loraplex.tuner.packing import pack, unsupported
 
 SIZES = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SFT = ("log_probs", "entropy", "is_top1")
@@ -31,7 +31,7 @@ def adapted(outputs=SFT, cohere=False, **head):
     base = cls(config(**SIZES, **extra))
     model = get_peft_model(
         base,
-        AdapterConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False, seed=1),
+        AdapterConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, seed=1),
     )
     add_fused_lm_head(model.get_base_model(), outputs=outputs, **head)
     return model
@@ -55,7 +55,7 @@ def gradients(model, output):
 @pytest.mark.parametrize("cohere", [False, True], ids=["llama", "cohere-logit-scale"])
 def test_every_field_and_gradient_equals_trls_own(cohere, batch):
     model = adapted(cohere=cohere)
-    assert fused_head.settings_of(model.get_base_model()) is not None
+    assert trl.settings_of(model.get_base_model()) is not None
     ours = model(**batch, fused_lm_head=True)
     theirs = model.get_base_model()(**batch, fused_lm_head=True)
     for field in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
@@ -77,14 +77,14 @@ def test_num_items_divides_the_loss(batch):
 )
 def test_what_other_trainers_ask_for_is_left_to_trl(head, batch):
     model = adapted(**head)
-    assert fused_head.answer(model.get_base_model(), (), {**batch, "fused_lm_head": True}) is None
+    assert trl.compute_output(model.get_base_model(), (), {**batch, "fused_lm_head": True}) is None
     assert model(**batch, fused_lm_head=True).log_probs.shape == (3, 7)
 
 
 def test_a_trainable_head_is_left_to_trl(batch):
     model = adapted()
     model.get_base_model().lm_head.weight.requires_grad_()
-    assert fused_head.answer(model.get_base_model(), (), {**batch, "fused_lm_head": True}) is None
+    assert trl.compute_output(model.get_base_model(), (), {**batch, "fused_lm_head": True}) is None
 
 
 def test_a_batch_without_labels_trains_as_a_zero(batch):

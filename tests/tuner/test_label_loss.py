@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from loraplex import AdapterConfig, UserError
-from loraplex.tuner import labeled
+from loraplex.batch_loss import labeled
 
 SIZES = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -29,7 +29,7 @@ def adapted(cohere=False, **fields):
     base = (
         CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)) if cohere else LlamaForCausalLM(LlamaConfig(**SIZES))
     )
-    options = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_weights": False, "seed": 1}
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False, "seed": 1}
     return get_peft_model(base, AdapterConfig(**options | fields)).train()
 
 

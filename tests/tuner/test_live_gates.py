@@ -219,7 +219,7 @@ def test_closing_what_is_not_there_is_refused():
         with pytest.raises(UserError, match=rf"{re.escape(Q0)} has ranks 0 to 3, not"):
             tuner.close_ranks("default", Q0, ranks)
     assert site(model, Q0).adapter("default").factors.open_ranks == 4
-    assert not model.peft_config["default"].live
+    assert not model.peft_config["default"].state.live
     for layer in tuner.site_layers():
         tuner.close_ranks("default", layer.site, range(4))
     with pytest.raises(UserError, match="no open rank left: there is nothing to save"):

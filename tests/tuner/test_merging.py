@@ -196,7 +196,7 @@ def test_both_kinds_equal_peft_on_a_merged_base_they_share(tmp_path):
 
 
 def test_conversion_of_a_model_to_lora_by_peft_reads_our_change():
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), AdapterConfig(r=2, alpha=3, target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), AdapterConfig(r=2, lora_alpha=3, target_modules=["0"]))
     move(model)
     lora_config, tensors = convert_to_lora(model, rank=2)
     assert isinstance(lora_config, LoraConfig)

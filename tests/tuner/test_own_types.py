@@ -13,11 +13,11 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import loraplex
-from loraplex.adapters.registry import Deployed, parse_adapter
+from loraplex.adapters.registry import SaveFormat, parse_adapter
 from loraplex.methods import REGISTRY
-from loraplex.tuner.plain import save_plain
+from loraplex.tuner.peft_format import save_peft_format
 
-OWN = [name for name in REGISTRY.presets if parse_adapter(name).deployed is Deployed.OWN]
+OWN = [name for name in REGISTRY.presets if parse_adapter(name).save_format is SaveFormat.OWN]
 EVERY = pytest.mark.parametrize("adapter", [*OWN, {"name": "lora", "init": "pissa"}], ids=str)
 
 
@@ -67,9 +67,9 @@ def test_best_model_is_restored_and_written_out(adapter, tmp_path):
     model = run.model.eval()
     best = loraplex.load_adapter(build("llama"), run.state.best_model_checkpoint)
     assert torch.equal(logits(best), logits(model))
-    if parse_adapter(adapter).plain is Deployed.OWN:
+    if parse_adapter(adapter).peft_format is SaveFormat.OWN:
         return
-    save_plain(model, tmp_path / "plain")
+    save_peft_format(model, tmp_path / "plain")
     stock = PeftModel.from_pretrained(build("llama"), tmp_path / "plain")
     assert type(stock.base_model).__name__ == "LoraModel"
     torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=2e-6)

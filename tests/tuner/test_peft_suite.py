@@ -31,7 +31,7 @@ from loraplex import AdapterConfig
 TEST_CASES = []
 for kind in ("lora", "dora"):
     for number, targets in enumerate((["lin0"], ["lin0", "lin1"])):
-        fields = {"adapter": kind, "r": 4, "alpha": 8, "target_modules": targets}
+        fields = {"adapter": kind, "r": 4, "lora_alpha": 8, "target_modules": targets}
         TEST_CASES.append((f"MLP {kind} {number}", "MLP", AdapterConfig, fields))
     fields = {"adapter": kind, "r": 4, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}
     TEST_CASES.append((f"MLP {kind} head", "MLP", AdapterConfig, fields))

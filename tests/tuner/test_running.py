@@ -184,10 +184,10 @@ def test_reference_path_and_fast_path_agree(adapter, architecture):
     """Hooks, shards and quantized weights take the reference path; the fast one computes the same."""
     model = adapted(architecture, adapter=adapter)
     layers = [module for module in model.modules() if isinstance(module, SiteLayer)]
-    assert all(layer.frozen.plain() for layer in layers)
+    assert all(layer.frozen.is_dense() for layer in layers)
     fast, expected = logits(model), gradients(model)
     handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in layers]
-    assert not any(layer.frozen.plain() for layer in layers)
+    assert not any(layer.frozen.is_dense() for layer in layers)
     torch.testing.assert_close(logits(model), fast, rtol=0, atol=1e-6)
     for key, value in gradients(model).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-7, msg=key)

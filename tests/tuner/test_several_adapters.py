@@ -98,7 +98,7 @@ def test_two_at_once_add_their_changes_of_the_frozen_weight():
 def test_adding_an_adapter_changes_neither_output_nor_gradients_of_the_active_one():
     model = adapted()
     expected, names = logits(model), {name for name, p in model.named_parameters() if p.requires_grad}
-    model.add_adapter("other", config(adapter="dora", init_weights=False))
+    model.add_adapter("other", config(adapter="dora", init_lora_weights=False))
     assert torch.equal(logits(model), expected)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == names
 

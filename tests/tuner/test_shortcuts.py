@@ -20,9 +20,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from loraplex import Echo, UserError, load_adapter
+from loraplex import EchoLoRA, UserError, load_adapter
 from loraplex.allocation.sites import EDGES
-from loraplex.tuner.matching import find_sites
+from loraplex.tuner.sites import find_sites
 
 ALL = {"name": "uniform", "shortcuts": True, "shortcut_r": 3, "shortcut_alpha": 5.0}
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "opt", "opt-post", "bert")
@@ -80,7 +80,7 @@ def test_all_of_them_start_as_the_base_model_to_the_bit(architecture):
     assert (logits(model) - expected).abs().max() > 1e-2
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
-    unloaded = adapted(architecture, init_weights=False).unload()
+    unloaded = adapted(architecture, init_lora_weights=False).unload()
     assert torch.equal(logits(unloaded), expected)
     assert [name for name, _ in unloaded.named_modules()] == [name for name, _ in build(architecture).named_modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
@@ -97,10 +97,10 @@ def test_values_and_gradients_are_those_of_the_formulas(architecture):
     if architecture == "llama":
         # eager attention has its softmax in float32
         base.set_attn_implementation("sdpa")
-    model = adapted(architecture, copy.deepcopy(base), init_weights=False).double()
+    model = adapted(architecture, copy.deepcopy(base), init_lora_weights=False).double()
     pairs, linear = {}, {}
     for place, factors in shortcut_factors(model).items():
-        a, b = (part.detach().clone().requires_grad_() for part in factors.parts())
+        a, b = (part.detach().clone().requires_grad_() for part in factors.raw_pair())
         pairs[place] = (a, b, 5 / 3)
         assert factors.scale == pytest.approx(5 / 3)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, reentrant):
             module.dropout = 0.0
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model = adapted(architecture, base, init_weights=False).double().train()
+    model = adapted(architecture, base, init_lora_weights=False).double().train()
     model.enable_input_require_grads()
     others = tokens(seed=2)
     expected, expected_others = gradients(model), gradients(model, others)
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, reentrant):
 def test_the_edge_into_a_block_whose_predecessor_has_none():
     """Only block 1's shortcut_mlp is there: block 0 sends nevertheless."""
     names = ["model.layers.1.shortcut_mlp"]
-    model = adapted(allocation={**ALL, "shortcuts": names}, init_weights=False).double().train()
+    model = adapted(allocation={**ALL, "shortcuts": names}, init_lora_weights=False).double().train()
     assert set(shortcut_factors(model)) == {(1, "shortcut_mlp")}
     expected = gradients(model)
     model.enable_input_require_grads()
@@ -175,12 +175,14 @@ def test_the_edge_into_a_block_whose_predecessor_has_none():
 
 
 def test_other_checkpoints_stop_where_a_block_needs_the_one_before_it():
-    model = adapted(init_weights=False).train()
+    model = adapted(init_lora_weights=False).train()
     apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
     with pytest.raises(UserError, match="block 1 has a shortcut from the block before it, which did not run before it"):
         gradients(model)
     kinds = [kind for kind in EDGES if kind != "shortcut_mlp"]
-    expected, model = (adapted(allocation={**ALL, "shortcuts": kinds}, init_weights=False).train() for _ in range(2))
+    expected, model = (
+        adapted(allocation={**ALL, "shortcuts": kinds}, init_lora_weights=False).train() for _ in range(2)
+    )
     apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
     found = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gradients(model).items()}
     assert all(torch.equal(found[name], value) for name, value in gradients(expected).items())
@@ -189,7 +191,7 @@ def test_other_checkpoints_stop_where_a_block_needs_the_one_before_it():
 def test_batches_without_padding_have_the_same_loss_and_gradients():
     base = llama(attn_implementation="sdpa")
     base.set_attn_implementation("sdpa")
-    model = adapted(base=base, init_weights=False).train()
+    model = adapted(base=base, init_lora_weights=False).train()
     ids = tokens(3, 8)
     mask = (torch.arange(8) < torch.tensor([8, 5, 3])[:, None]).long()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
@@ -209,7 +211,7 @@ def test_batches_without_padding_have_the_same_loss_and_gradients():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "opt-post"])
 def test_generation_with_a_cache_is_that_without(architecture):
-    model = adapted(architecture, init_weights=False)
+    model = adapted(architecture, init_lora_weights=False)
     ids, options = tokens(2, 5), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         cached, whole = (model.generate(input_ids=ids, use_cache=use, **options) for use in (True, False))
@@ -230,7 +232,7 @@ def test_adapters_stay_float32_over_a_bfloat16_base():
 
 
 def test_autocast_changes_only_the_precision():
-    model = adapted(init_weights=False).train()
+    model = adapted(init_lora_weights=False).train()
     expected = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model)
@@ -240,7 +242,7 @@ def test_autocast_changes_only_the_precision():
 
 
 def test_several_adapters_have_their_own():
-    model = adapted(init_weights=False)
+    model = adapted(init_lora_weights=False)
     model.add_adapter("other", config(allocation={"name": "uniform", "shortcuts": "residual_mlp"}, seed=8))
     model.add_adapter("without", config(allocation="uniform"))
     first = logits(model)
@@ -267,7 +269,7 @@ def test_several_adapters_have_their_own():
 
 
 def test_a_copy_of_the_model_is_on_its_own():
-    model = adapted(init_weights=False)
+    model = adapted(init_lora_weights=False)
     twin, before = copy.deepcopy(model), logits(model)
     assert torch.equal(logits(twin), before)
     with torch.no_grad():
@@ -278,7 +280,7 @@ def test_a_copy_of_the_model_is_on_its_own():
 
 
 def test_saved_and_reloaded_to_the_bit(tmp_path):
-    model = adapted(init_weights=False, rank_pattern={r"layers\.1\.shortcut_block": 2, "v_proj": 1})
+    model = adapted(init_lora_weights=False, rank_pattern={r"layers\.1\.shortcut_block": 2, "v_proj": 1})
     assert shortcut_factors(model)[1, "shortcut_block"].rank == 2
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path).eval()
@@ -293,7 +295,7 @@ def test_saved_and_reloaded_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_closed_ranks_and_edges_are_left_out_of_what_is_written(adapter, tmp_path):
-    model = adapted(init_weights=False, adapter=adapter)
+    model = adapted(init_lora_weights=False, adapter=adapter)
     tuner = model.base_model
     tuner.close_ranks("default", "model.layers.0.residual_attention", range(3))
     tuner.close_ranks("default", "model.layers.1.residual_mlp", [1])
@@ -303,7 +305,7 @@ def test_closed_ranks_and_edges_are_left_out_of_what_is_written(adapter, tmp_pat
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path).eval()
     written = again.peft_config["default"]
-    assert written.typed_allocation.moves_ranks is False
+    assert written.allocation.moves_ranks is False
     ranks = {layer.site: layer.adapter("default").factors.rank for layer in again.base_model.adapter_layers()}
     assert "model.layers.0.residual_attention" not in ranks
     assert "model.layers.1.self_attn.q_proj" not in ranks
@@ -320,10 +322,10 @@ def _file(folder):
 
 
 def test_what_is_left_without_shortcuts_is_plain_lora(tmp_path):
-    model = adapted(init_weights=False)
+    model = adapted(init_lora_weights=False)
     for place in shortcut_factors(model).values():
         place.gate.zero_()
-    model.peft_config["default"].live = True
+    model.peft_config["default"].state.live = True
     model.base_model.finish("default")
     model.save_pretrained(tmp_path)
     assert '"peft_type": "LORA"' in (tmp_path / "adapter_config.json").read_text()
@@ -335,7 +337,7 @@ def test_what_is_left_without_shortcuts_is_plain_lora(tmp_path):
 
 
 def test_shortcuts_alone_are_written_with_a_linear_site_that_is_off(tmp_path):
-    model = adapted(init_weights=False)
+    model = adapted(init_lora_weights=False)
     for layer in model.base_model.site_layers():
         layer.adapter("default").factors.gate.zero_()
     model.base_model.finish("default")
@@ -346,7 +348,7 @@ def test_shortcuts_alone_are_written_with_a_linear_site_that_is_off(tmp_path):
 
 
 def test_an_open_shortcut_is_not_merged():
-    model = adapted(init_weights=False)
+    model = adapted(init_lora_weights=False)
     with pytest.raises(
         UserError, match=r"cannot be merged into the base weights: model\.layers\.0\.residual_attention"
     ):
@@ -386,9 +388,9 @@ def test_blocks_are_found_by_what_they_do(kind):
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_an_objective_with_two_passes_and_its_own_way_through_checkpoints(reentrant):
-    echo = Echo(probability=1.0, ramp=0, target_dropout=0.0)
+    echo = EchoLoRA(probability=1.0, ramp=0, target_dropout=0.0)
     base = llama(num_hidden_layers=4)
-    model = adapted(base=base, objective=echo, init_weights=False).train()
+    model = adapted(base=base, objective=echo, init_lora_weights=False).train()
     labels = tokens().clone()
     labels[:, :4] = -100
     twin = copy.deepcopy(model)

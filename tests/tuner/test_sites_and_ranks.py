@@ -8,7 +8,7 @@ from torch import nn
 
 from loraplex import AdapterConfig, UserError
 from loraplex.tuner.layer import SiteLayer
-from loraplex.tuner.matching import find_sites
+from loraplex.tuner.sites import find_sites
 
 
 def sites(model):
@@ -69,10 +69,10 @@ def test_rank_that_is_not_a_whole_positive_number(rank):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"alpha": 0}, "alpha of 'alpha' is 0"),
+        ({"lora_alpha": 0}, "alpha of 'lora_alpha' is 0"),
         ({"alpha_pattern": {"q_proj": -1}}, "alpha of 'q_proj' is -1"),
-        ({"alpha": float("nan")}, "alpha of 'alpha' is nan"),
-        ({"alpha": float("inf")}, "alpha of 'alpha' is inf"),
+        ({"lora_alpha": float("nan")}, "alpha of 'lora_alpha' is nan"),
+        ({"lora_alpha": float("inf")}, "alpha of 'lora_alpha' is inf"),
         ({"lora_dropout": 1}, "lora_dropout is 1"),
         ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
         ({"target_modules": "(q_proj"}, r"target_modules: '\(q_proj' is not a regular expression"),

@@ -244,7 +244,7 @@ def test_dpo_trainer(adapter, given, tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
 def test_other_losses_of_trl_go_as_with_stock_peft(adapter, name, tmp_path):
     """The same start away from the initial point; GRPO generates in between, by the model's own probabilities."""
-    fresh(adapter, init_weights=False).save_pretrained(tmp_path / "start")
+    fresh(adapter, init_lora_weights=False).save_pretrained(tmp_path / "start")
     kinds, found = [], []
     for load in (PeftModel.from_pretrained, loraplex.load_adapter):
         model = load(build("llama"), tmp_path / "start", is_trainable=True)

@@ -84,7 +84,7 @@ def _random(cls: type[PreTrainedModel], config) -> PreTrainedModel:
 
 
 def config(architecture: str = "llama", **fields) -> AdapterConfig:
-    defaults = {"r": 4, "alpha": 6, "target_modules": "all-linear", "seed": 3}
+    defaults = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "seed": 3}
     defaults["task_type"] = "SEQ_CLS" if architecture == "bert" else "CAUSAL_LM"
     return AdapterConfig(**{**defaults, **fields})
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, SiteInit
-from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, SaveFormat
 from loraplex.kernels.low_rank import low_rank_linear
 
 
@@ -34,10 +34,10 @@ class Addition(Combine):
 
     def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         """Return x W0ᵀ + b + Δy (..., out) in the dtype of the frozen linear."""
-        a, b = factors.parts()
+        a, b = factors.raw_pair()
         return low_rank_linear(x, None if dropped is x else dropped, weight, bias, a, b, factors.leading_scale(b.dtype))
 
-    def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+    def project_up(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
         """Return low Bᵀ (n, out)."""
         _, b = factors.rank_space()
         return F.linear(low.to(b.dtype), b)
@@ -58,6 +58,7 @@ REGISTRY.add(
         parameters="0",
         needs=frozenset({Capability.STATIC, Capability.PAIR}),
         provides=frozenset({Capability.GATES}),
-        deployed=Deployed.LORA,
+        save_format=SaveFormat.LORA,
+        default=True,
     )
 )

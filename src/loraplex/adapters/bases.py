@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraplex.cache import cache_dir, keeping, write_whole
+from loraplex.cache import cache_dir, cache_enabled, write_whole
 from loraplex.kernels.truncated_svd import truncated_svd
 
 _WORTH_KEEPING = 1 << 18
@@ -40,7 +40,7 @@ def singular_bases(weight: Tensor, rank: int, *, exact: bool = False) -> Bases:
     """Return the `rank` leading singular vectors of `weight` (out, in), see `truncated_svd`."""
     digest = weight_digest(weight)
     file = cache_dir() / _FOLDER / f"{digest.hex()}-{'exact' if exact else 'randomized'}-{rank}.safetensors"
-    if weight.numel() < _WORTH_KEEPING or not keeping():
+    if weight.numel() < _WORTH_KEEPING or not cache_enabled():
         return _compute(weight, rank, exact, digest)
     # an unreadable file costs time only: it is made again
     with contextlib.suppress(OSError, SafetensorError, KeyError):

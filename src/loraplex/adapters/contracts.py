@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.gates import GateRecord
+from loraplex.compat.torch import version_of
 from loraplex.errors import UserError
 from loraplex.option_values import is_number, is_whole
 
@@ -25,7 +26,7 @@ _MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """Options of a method after the training rows have decided what was left to them."""
 
     options: Any
@@ -37,13 +38,13 @@ class Settled:
 
 
 @runtime_checkable
-class SettlesFromData(Protocol):
+class ResolvesFromData(Protocol):
     """Options of a method with a value that the training rows may decide, such as a number that may be 'auto'.
 
     `build` never sees such a value: whoever has no rows to decide it by is told so by a `UserError` there.
     """
 
-    def settle(self, texts: Callable[[], Sequence[str]], seed: int) -> Settled | None:
+    def resolve_from_data(self, texts: Callable[[], Sequence[str]], seed: int) -> Resolved | None:
         """Return the options with every open value decided, or None where none is open.
 
         `texts` gives what is asked in every training row, in their order; it reads them when it is called. The same
@@ -94,15 +95,15 @@ class Rate:
 class Factors(nn.Module, ABC):
     """How the pair (A, B) of one site is formed.
 
-    Everything else, forward, merge, export, parameter count, is derived from `parts`.
+    Everything else, forward, merge, export, parameter count, is derived from `raw_pair`.
     A rank gate of ones and zeros lets an allocator close ranks without touching shapes or optimizer state.
     """
 
     gate: Tensor
     repeats = 1
-    """How many times `parts` goes through the ranks that the gate counts."""
+    """How many times `raw_pair` goes through the ranks that the gate counts."""
     heads = 1
-    """How many B stand side by side in `parts`, all of them over one A; a pair has one."""
+    """How many B stand side by side in `raw_pair`, all of them over one A; a pair has one."""
 
     def __init__(self, site: SiteInit, scale: float) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class Factors(nn.Module, ABC):
         self._borrowed: list[str] = []
 
     @abstractmethod
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, heads·r), differentiable, neither scaled nor gated.
 
         With several heads column i·r + k of B is rank k of head i.
@@ -135,7 +136,7 @@ class Factors(nn.Module, ABC):
         """Return the modules that these factors use and the tuner owns."""
         return [self.__dict__[attribute] for attribute in self._borrowed]
 
-    def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
+    def rank_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield the trained tensors that have an entry per rank, with the dimension along which the ranks lie."""
         yield from ()
 
@@ -180,22 +181,22 @@ class Factors(nn.Module, ABC):
 
     def _of_gate(self) -> _OfGate:
         gate, kept = self.gate, self._kept
-        if kept is None or kept.gate is not gate or kept.version != gate._version:
+        if kept is None or kept.gate is not gate or kept.version != version_of(gate):
             opened = gate.nonzero().flatten().tolist()
             # of several heads side by side the columns of B are not those of the gate
             leading = _rounded_up(opened[-1] + 1) if opened and self.repeats * self.heads == 1 else len(gate)
             fewer = leading if leading < len(gate) else None
-            self._kept = kept = _OfGate(gate, gate._version, closed=not opened, leading=fewer)
+            self._kept = kept = _OfGate(gate, version_of(gate), closed=not opened, leading=fewer)
         return kept
 
     def _every(self, gate: Tensor) -> Tensor:
-        """Return the gate of every column of B in `parts`."""
+        """Return the gate of every column of B in `raw_pair`."""
         times = self.repeats * self.heads
         return gate if times == 1 else gate.repeat(times)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, heads·r), differentiable, scale and gate included in B exactly once."""
-        a, b = self.parts()
+        a, b = self.raw_pair()
         return a, b * self.rank_scale(b.dtype)
 
     def rank_space(self) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,7 @@ class Factors(nn.Module, ABC):
 
     def at_start(self) -> Tensor:
         """Return which ranks (r,) change nothing when they open: those whose column of B is 0 as at the start."""
-        _, b = self.parts()
+        _, b = self.raw_pair()
         return ~b.detach().any(0)
 
     @property
@@ -269,7 +270,7 @@ class Combine(nn.Module, ABC):
     def output(self, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         """Return y (..., out): the frozen linear W0 (out, in), b (out,) with this adapter alone, in one fast pass."""
 
-    def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+    def project_up(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
         """Return what `low` (n, r), added to the rank space drop(x) Aᵀ, adds to the output, (n, out).
 
         Raises:

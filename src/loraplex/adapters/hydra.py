@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loraplex.adapters.contracts import BaseWeight, Combine, Factors, Settled, SiteInit, scaling, uniform
+from loraplex.adapters.contracts import BaseWeight, Combine, Factors, Resolved, SiteInit, scaling, uniform
 from loraplex.adapters.gates import GateRecord
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
 from loraplex.errors import UserError, nearest
@@ -41,14 +41,14 @@ class Heads:
         if not is_whole(self.heads) or self.heads < 1:
             raise UserError(f"heads is {self.heads!r}: give a whole number of at least 1, or auto")
 
-    def settle(self, texts: Callable[[], Sequence[str]], seed: int) -> Settled | None:
+    def resolve_from_data(self, texts: Callable[[], Sequence[str]], seed: int) -> Resolved | None:
         """Return these options with the number of groups that k-means finds in `texts`, where it was left open."""
         if self.heads != "auto":
             return None
         from loraplex.analysis.clustering import group_texts
 
         found = group_texts(texts(), seed=seed)
-        return Settled(replace(self, heads=found.number), f"heads: {found.number}; {found.reason}", found.evidence())
+        return Resolved(replace(self, heads=found.number), f"heads: {found.number}; {found.reason}", found.evidence())
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s = alpha/r; the number of heads does not enter, their gates sum to 1."""
@@ -82,7 +82,7 @@ class HeadFactors(Factors):
             b = uniform((site.out_features, self.heads * site.rank), 1 / math.sqrt(site.rank), generator)
         self.lora_B = nn.Parameter(b)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return the trained A (r, in) and [B_1 … B_N] (out, N·r)."""
         return self.lora_A, self.lora_B
 
@@ -149,7 +149,7 @@ class Routing(Combine):
         if dropped.dim() > x.dim():
             y0 = F.linear(x, weight, bias)
             return (y0 + self._delta(x, dropped, factors)).to(y0.dtype)
-        a, b = factors.parts()
+        a, b = factors.raw_pair()
         masked = None if dropped is x else dropped
         s = factors.rank_scale(b.dtype)
         options = self.options

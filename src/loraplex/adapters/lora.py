@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loraplex.adapters.bases import singular_bases
 from loraplex.adapters.contracts import Factors, Rate, SiteInit, check_lr_ratio, check_rank, scaling, uniform
-from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset, SaveFormat
 from loraplex.errors import UserError, nearest
 
 
@@ -43,9 +43,9 @@ class LoRA:
             raise UserError(f"init is {self.init!r}: choose 'uniform' or 'pissa'.{hint}")
 
     @property
-    def deployed(self) -> Deployed:
+    def save_format(self) -> SaveFormat:
         """The form of the file: PiSSA's initial pair must come along, as plain LoRA it would double the rank."""
-        return Deployed.OWN if self.init == "pissa" else Deployed.LORA
+        return SaveFormat.OWN if self.init == "pissa" else SaveFormat.LORA
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return s: alpha/√r with rsLoRA, alpha/r otherwise."""
@@ -77,7 +77,7 @@ class LoRAFactors(Factors):
             b = uniform((site.out_features, site.rank), 1 / math.sqrt(site.rank), generator)
         self.lora_B = nn.Parameter(b)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return the trainable pair itself."""
         return self.lora_A, self.lora_B
 
@@ -86,7 +86,7 @@ class LoRAFactors(Factors):
         if self.lr_ratio != 1:
             yield self.lora_B, Rate(self.lr_ratio)
 
-    def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
+    def rank_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield A by rows and B by columns."""
         yield from ((self.lora_A, 0), (self.lora_B, 1))
 
@@ -118,7 +118,7 @@ class PiSSAFactors(Factors):
             bound = 1 / math.sqrt(site.rank)
             self.lora_B.data += uniform((site.out_features, site.rank), bound, site.generator()).to(b)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return [A − A0; A0] (2r, in) and [B, B − B0] (out, 2r): B A − B0 A0, and exactly 0 at the start."""
         a0, b0 = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
         return torch.cat([self.lora_A - a0, a0]), torch.cat([self.lora_B, self.lora_B - b0], dim=1)
@@ -137,7 +137,7 @@ class PiSSAFactors(Factors):
         if self.lr_ratio != 1:
             yield self.lora_B, Rate(self.lr_ratio)
 
-    def along_ranks(self) -> Iterator[tuple[nn.Parameter, int]]:
+    def rank_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield A by rows and B by columns."""
         yield from ((self.lora_A, 0), (self.lora_B, 1))
 
@@ -153,9 +153,10 @@ REGISTRY.add(
         provides=frozenset(
             {Capability.STATIC, Capability.PAIR, Capability.GATES, Capability.RANK_INPUT, Capability.SHRINKS},
         ),
-        deployed=Deployed.LORA,
+        save_format=SaveFormat.LORA,
+        default=True,
     )
 )
 REGISTRY.add(
-    Preset("lora", "lora", "add", "W0 + s·BA", "arXiv 2106.09685", "r·(in + out)"),
+    Preset("lora", "lora", "add", "W0 + s·BA", "arXiv 2106.09685", "r·(in + out)", default=True),
 )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, GivenWeight, SiteInit
-from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method, Preset
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset, SaveFormat
+from loraplex.compat.torch import version_of
 from loraplex.kernels.magnitude import magnitude_linear, positive_root, row_norm, squared_row_norm
 
 
@@ -51,7 +52,7 @@ class MagnitudeDirection(Combine):
         if dropped is not x or torch.compiler.is_compiling():
             y0 = F.linear(x, weight, bias)
             return (y0 + self.delta(x, dropped, y0, GivenWeight(weight, bias), factors)).to(y0.dtype)
-        a, b = factors.parts()
+        a, b = factors.raw_pair()
         s, square = factors.leading_scale(b.dtype), self._square.of(weight)
         return magnitude_linear(x, weight, bias, a, b, s, self.lora_magnitude_vector, square)
 
@@ -69,7 +70,7 @@ class MagnitudeDirection(Combine):
         low_rank = F.linear(F.linear(dropped.to(a.dtype), a), b)
         return (ratio - 1) * frozen.to(ratio.dtype) + ratio * low_rank
 
-    def from_ranks(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
+    def project_up(self, low: Tensor, base: BaseWeight, factors: Factors) -> Tensor:
         """Return (m/n) ⊙ low Bᵀ (n, out), n the norm of the weight as it is deployed: without `low`."""
         _, b = factors.rank_space()
         m, n = self._magnitude_and_norm(base.matrix(), factors)
@@ -115,7 +116,7 @@ class _SquareCache:
         if torch.compiler.is_compiling():
             return squared_row_norm(weight.detach())
         owner = weight if weight._base is None else weight._base
-        state = (weight.data_ptr(), weight._version)
+        state = (weight.data_ptr(), version_of(weight))
         if self.owner is None or self.owner() is not owner or self.state != state:
             self.square = squared_row_norm(weight.detach())
             self.owner, self.state = weakref.ref(owner), state
@@ -138,7 +139,7 @@ REGISTRY.add(
         parameters="out",
         needs=frozenset({Capability.STATIC, Capability.PAIR}),
         provides=frozenset({Capability.GATES}),
-        deployed=Deployed.DORA,
+        save_format=SaveFormat.DORA,
     )
 )
 REGISTRY.add(

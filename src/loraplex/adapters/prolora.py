@@ -93,7 +93,7 @@ class PRoLoRAFactors(Factors):
         self.register_buffer("rows_a", _rotation(shared, options.m), persistent=False)
         self.register_buffer("rows_b", _rotation(shared, options.n), persistent=False)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r), the shared ranks first."""
         if self.lora_A is None or self.lora_B is None:
             assert self.lora_A_unshared is not None

@@ -6,6 +6,7 @@ A method is legal together with others when everything it needs is provided by t
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -35,7 +36,7 @@ class Capability(StrEnum):
     SHARED = "tensors shared between sites"
 
 
-class Deployed(StrEnum):
+class SaveFormat(StrEnum):
     """The form in which a finished adapter is saved."""
 
     LORA = "plain PEFT LoRA"
@@ -57,10 +58,12 @@ class Method:
     """Trainable parameters per site as a formula in r, in, out."""
     provides: frozenset[Capability] = frozenset()
     needs: frozenset[Capability] = frozenset()
-    deployed: Deployed = Deployed.OWN
+    save_format: SaveFormat = SaveFormat.OWN
     """For factors and combine: the plainest exact form of the result; for an objective: that while it is attached."""
     mergeable: bool = True
     """Whether the result can be written into the frozen weight exactly."""
+    default: bool = False
+    """Whether this member is taken where none of its axis is named."""
     only_peft_model: str = ""
     """Why PEFT's tuner must stay around the model: what is lost or not checked when it is thrown away after injection.
 
@@ -79,6 +82,8 @@ class Preset:
     parameters: str
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options that differ from their defaults."""
+    default: bool = False
+    """Whether this adapter is taken where none is named."""
 
 
 @dataclass
@@ -115,8 +120,21 @@ class Registry:
             hint = nearest(str(name), names)
             raise UserError(f"unknown {axis} '{name}': known are {', '.join(names)}.{hint}") from None
 
+    def default(self, axis: Axis) -> Method:
+        """Return the member of an axis that is taken where none is named."""
+        return next(method for method in self.members(axis) if method.default)
+
+    @property
+    def default_preset(self) -> str:
+        """The name of the adapter that is taken where none is named."""
+        return next(preset.name for preset in self.presets.values() if preset.default)
+
     def of_options(self, options: object) -> Method:
-        """Return the method whose options these are."""
+        """Return the method whose options these are.
+
+        Raises:
+            UserError: when they are no method's.
+        """
         for method in self.methods.values():
             if type(options) is method.options:
                 return method
@@ -126,7 +144,7 @@ class Registry:
 REGISTRY = Registry()
 
 
-def illegal(*methods: Method) -> str | None:
+def incompatibility(*methods: Method) -> str | None:
     """Return the sentence that says why these methods do not combine, or None when they do."""
     for method in methods:
         others = [other for other in methods if other is not method]
@@ -142,7 +160,7 @@ def illegal(*methods: Method) -> str | None:
 class Adapter:
     """The adapter axis, typed: options of the factors and of the combine.
 
-    Example: `Adapter(LoRA(use_rslora=True), Magnitude())` is DoRA with rsLoRA's scale.
+    Example: `Adapter(LoRA(use_rslora=True), Magnitude())` is DoRA with the scale of rsLoRA.
     """
 
     factors: Any
@@ -150,7 +168,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         """Refuse combinations that the capability flags do not allow."""
-        reason = illegal(*self.methods)
+        reason = incompatibility(*self.methods)
         if reason is not None:
             raise UserError(f"this adapter is not possible: {reason}")
 
@@ -160,18 +178,18 @@ class Adapter:
         return REGISTRY.of_options(self.factors), REGISTRY.of_options(self.combine)
 
     @property
-    def deployed(self) -> Deployed:
+    def save_format(self) -> SaveFormat:
         """The form in which the finished adapter is saved."""
         # an option may change what the record says of the method
-        if getattr(self.factors, "deployed", self.methods[0].deployed) is Deployed.OWN:
-            return Deployed.OWN
-        return self.methods[1].deployed
+        if getattr(self.factors, "save_format", self.methods[0].save_format) is SaveFormat.OWN:
+            return SaveFormat.OWN
+        return self.methods[1].save_format
 
     @property
-    def plain(self) -> Deployed:
+    def peft_format(self) -> SaveFormat:
         """The form that the finished adapter takes once its pairs are written out: PEFT's, where there is one."""
         factors, combine = self.methods
-        return combine.deployed if Capability.PAIR in factors.provides else Deployed.OWN
+        return combine.save_format if Capability.PAIR in factors.provides else SaveFormat.OWN
 
     @property
     def only_peft_model(self) -> str:
@@ -183,8 +201,14 @@ class Adapter:
         """Whether both parts can be merged into the frozen weight exactly."""
         return all(method.mergeable for method in self.methods)
 
+    @property
+    def name(self) -> str:
+        """What the adapter is called in messages: its preset's name, or its parts and the options that were changed."""
+        found = self.describe()
+        return found if isinstance(found, str) else json.dumps(found)
+
     def describe(self) -> str | dict[str, Any]:
-        """Return the plain form that `parse_adapter` reads back: a name, or a mapping with the changed options."""
+        """Return what `parse_adapter` reads back: a preset's name, or a mapping with the options that were changed."""
         factors, combine = self.methods
         options = {**_options(self.factors), **_options(self.combine)}
         defaults = {**_options(factors.options()), **_options(combine.options())}
@@ -214,9 +238,9 @@ def parse_adapter(value: Adapter | str | Mapping[str, Any] | object) -> Adapter:
         return _from_mapping(value)
     method = REGISTRY.of_options(value)
     if method.axis is Axis.FACTORS:
-        return Adapter(value, REGISTRY.get(Axis.COMBINE, "add").options())
+        return Adapter(value, REGISTRY.default(Axis.COMBINE).options())
     if method.axis is Axis.COMBINE:
-        return Adapter(REGISTRY.get(Axis.FACTORS, "lora").options(), value)
+        return Adapter(REGISTRY.default(Axis.FACTORS).options(), value)
     raise UserError(f"'{method.name}' is of the axis {method.axis}, not an adapter")
 
 
@@ -231,7 +255,8 @@ def _from_mapping(value: Mapping[str, Any]) -> Adapter:
         factors, combine = preset.factors, preset.combine
         rest = {**preset.options, **rest}
     else:
-        factors, combine = rest.pop("factors", "lora"), rest.pop("combine", "add")
+        defaults = (REGISTRY.default(axis).name for axis in (Axis.FACTORS, Axis.COMBINE))
+        factors, combine = (rest.pop(key, name) for key, name in zip(("factors", "combine"), defaults, strict=True))
     classes = [REGISTRY.get(Axis.FACTORS, factors).options, REGISTRY.get(Axis.COMBINE, combine).options]
     fields = [{entry.name for entry in dataclasses.fields(options)} for options in classes]
     for key in rest:
@@ -267,7 +292,7 @@ def parse_member(axis: Axis, value: Any) -> Any:
 
 
 def describe_member(options: Any) -> str | dict[str, Any]:
-    """Return the plain form that `parse_member` reads back: a name, or a mapping with the changed options."""
+    """Return what `parse_member` reads back: a method's name, or a mapping with the options that were changed."""
     method = REGISTRY.of_options(options)
     changed = _changed(_options(options), _options(method.options()))
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}

@@ -27,7 +27,7 @@ _ORDER = ("train_B", "train_v", "train_u", "train_A")
 
 
 @dataclass(frozen=True)
-class Tied:
+class TiedLoRA:
     """Options of the Tied-LoRA factors."""
 
     tie_A: bool = True
@@ -71,7 +71,7 @@ class TiedFactors(Factors):
     shared_B: _Shared
     shared_u: _Shared
 
-    def __init__(self, site: SiteInit, options: Tied) -> None:
+    def __init__(self, site: SiteInit, options: TiedLoRA) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
         module, _, kind = site.name.rpartition(".")
         fused = kind in options.fused
@@ -101,7 +101,7 @@ class TiedFactors(Factors):
         self.lora_v = nn.Parameter(_scales(site, zero == "train_v")) if options.train_v else None
         self.has_u = options.train_u
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return diag(u) A (r, in) and diag(v) B (out, r)."""
         device = self.gate.device
         a, b = self.shared_A.tensor.to(device), self.shared_B.tensor.to(device)
@@ -151,7 +151,7 @@ REGISTRY.add(
     Method(
         name="tied",
         axis=Axis.FACTORS,
-        options=Tied,
+        options=TiedLoRA,
         summary="one pair for all layers, scaled by vectors of each",
         paper=_PAPER,
         parameters=_PARAMETERS,

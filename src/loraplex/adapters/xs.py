@@ -28,7 +28,7 @@ _PROBES = 2
 
 
 @dataclass(frozen=True)
-class XS:
+class LoRAXS:
     """Options of the LoRA-XS factors."""
 
     exact_svd: bool = False
@@ -57,7 +57,7 @@ class XSFactors(Factors):
     base_digest: Tensor
     fingerprint: Tensor
 
-    def __init__(self, site: SiteInit, options: XS) -> None:
+    def __init__(self, site: SiteInit, options: LoRAXS) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
         check_rank(site.name, site.rank, options.largest_rank(site.in_features, site.out_features))
         a, b, digest = _frozen_pair(site, options)
@@ -70,7 +70,7 @@ class XSFactors(Factors):
             r = uniform((site.rank, site.rank), 1 / math.sqrt(site.rank), site.generator())
         self.lora_R = nn.Parameter(r)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def raw_pair(self) -> tuple[Tensor, Tensor]:
         """Return the frozen A (r, in) and U R (out, r)."""
         # autocast would round a product that the magnitude's norm is sensitive to
         with torch.autocast(self.frozen_B.device.type, enabled=False):
@@ -101,7 +101,7 @@ class XSFactors(Factors):
         )
 
 
-def _frozen_pair(site: SiteInit, options: XS) -> tuple[Tensor, Tensor, Tensor]:
+def _frozen_pair(site: SiteInit, options: LoRAXS) -> tuple[Tensor, Tensor, Tensor]:
     """Return A (r, in), U (out, r) and the beginning of the hash of W0, empty where they are loaded anyway."""
     weight = site.weight().detach()
     if weight.is_meta or (site.meta and options.store_bases):
@@ -132,7 +132,7 @@ REGISTRY.add(
     Method(
         name="xs",
         axis=Axis.FACTORS,
-        options=XS,
+        options=LoRAXS,
         summary="an r × r matrix between frozen singular vectors",
         paper="arXiv 2405.17604",
         parameters="r²",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method
 from loraplex.allocation.budget import Budget
-from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
+from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, ScoringContext
 from loraplex.allocation.proxies import mean_over_processes, widest
 from loraplex.errors import UserError
 from loraplex.models.modes import evaluation_mode
@@ -35,18 +35,18 @@ Scores = Mapping[tuple[str, int], float]
 class ALoRA(Allocator):
     """Options of ALoRA; those of the paper are the defaults, where it names them."""
 
-    delay = "first"
+    delay = "warmup_epochs"
     rounds: int = 8
     """N_A: how often ranks are pruned and given anew."""
-    pruned: int | None = None
+    ranks_per_round: int | None = None
     """n_A: ranks that move in a round; as many as there are kinds of module when absent (the paper's q, k, … count)."""
-    first: float = 1.0
+    warmup_epochs: float = 1.0
     """K1: epochs before the first round."""
-    then: float = 0.25
+    interval_epochs: float = 0.25
     """K2: epochs between rounds."""
     in_steps: bool = False
-    """Read `first` and `then` as optimizer steps."""
-    by: str = "site"
+    """Read `warmup_epochs` and `interval_epochs` as optimizer steps."""
+    group_by: str = "site"
     """What a rank is: rank k of one "site", or of all sites of a "kind" at once (112 passes a round, not 3,584)."""
     growth: float | None = None
     """Largest rank of a site as a multiple of the initial one; when absent every round has room for one more rank."""
@@ -57,24 +57,29 @@ class ALoRA(Allocator):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.by not in ("site", "kind"):
-            raise UserError(f"by is {self.by!r}: choose 'site' or 'kind'")
+        if self.group_by not in ("site", "kind"):
+            raise UserError(f"group_by is {self.group_by!r}: choose 'site' or 'kind'")
         if self.unit not in ("ranks", "parameters"):
             raise UserError(f"unit is {self.unit!r}: choose 'ranks' or 'parameters'")
         if not isinstance(self.in_steps, bool):
             raise UserError(f"in_steps is {self.in_steps!r}: give true or false")
-        for name in ("rounds", "batches", *(["pruned"] if self.pruned is not None else [])):
+        for name in ("rounds", "batches", *(["ranks_per_round"] if self.ranks_per_round is not None else [])):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
-        for name, least in (("first", 0), ("then", 0), *([("growth", 1)] if self.growth is not None else [])):
+        for name, least in (
+            ("warmup_epochs", 0),
+            ("interval_epochs", 0),
+            *([("growth", 1)] if self.growth is not None else []),
+        ):
             value = getattr(self, name)
             if not is_number(value) or not least <= value < float("inf"):
                 raise UserError(f"{name} is {value!r}: give a number of at least {least}")
 
     def nothing_left(self, budget: Budget) -> str:
         """Return that so many ranks were taken."""
-        return f"pruned is {self.pruned} of {budget}, so a round takes the last rank of every site: lower it"
+        what = f"ranks_per_round is {self.ranks_per_round} of {budget}"
+        return f"{what}, so a round takes the last rank of every site: lower it"
 
     def allocated_rank(self, rank: int) -> int:
         """Return r + rounds, or r·growth, rounded down."""
@@ -83,7 +88,7 @@ class ALoRA(Allocator):
     def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
         """Return the steps of the rounds that come before the end of training."""
         unit = 1 if self.in_steps else steps_per_epoch
-        steps = [round((self.first + number * self.then) * unit) for number in range(self.rounds)]
+        steps = [round((self.warmup_epochs + number * self.interval_epochs) * unit) for number in range(self.rounds)]
         return [step for step in dict.fromkeys(steps) if step < total_steps]
 
     def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
@@ -92,14 +97,14 @@ class ALoRA(Allocator):
         open_ranks = {name: int(gate.sum()) for name, gate in gates.items()}
         return gates, Budget(Budget(0, self.unit).spent(candidates, open_ranks), self.unit)
 
-    def revise(self, scene: Scene) -> Revision:
+    def revise(self, context: ScoringContext) -> Revision:
         """Prune and give anew, one round."""
-        return self.moved(scene.candidates, scene.budget, _importance(scene, self.groups(scene.candidates)))
+        return self.moved(context.candidates, context.budget, _importance(context, self.groups(context.candidates)))
 
     def moved(self, candidates: Sequence[Candidate], budget: Budget, scores: Scores) -> Revision:
         """Return the gates after a round; `scores` are those of every open rank by (group, rank)."""
         groups = self.groups(candidates)
-        moving = self.pruned or len({candidate.site.kind for candidate in candidates})
+        moving = self.ranks_per_round or len({candidate.site.kind for candidate in candidates})
         gates = {candidate.name: candidate.gate.detach().cpu().clone() for candidate in candidates}
         worst = sorted(scores, key=lambda entry: (scores[entry], entry))[:moving]
         for group, rank in worst:
@@ -118,10 +123,12 @@ class ALoRA(Allocator):
         """Return what shares a gate: the site alone, or all sites of its kind."""
         groups: dict[str, list[Candidate]] = {}
         for candidate in candidates:
-            groups.setdefault(candidate.name if self.by == "site" else candidate.site.kind, []).append(candidate)
+            groups.setdefault(candidate.name if self.group_by == "site" else candidate.site.kind, []).append(candidate)
         for kind, members in groups.items():
             if len({candidate.ranks for candidate in members}) > 1:
-                raise UserError(f"the sites of kind '{kind}' have different ranks, but by: kind gives them one gate")
+                raise UserError(
+                    f"the sites of kind '{kind}' have different ranks, but group_by: kind gives them one gate"
+                )
         return groups
 
     def _give(
@@ -167,29 +174,31 @@ def _mean(values: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def _importance(scene: Scene, groups: Mapping[str, list[Candidate]]) -> dict[tuple[str, int], float]:
+def _importance(context: ScoringContext, groups: Mapping[str, list[Candidate]]) -> dict[tuple[str, int], float]:
     """Return IS of every open rank by (group, rank); 2·(open ranks) + 1 passes over the batches."""
-    kept = {candidate.name: candidate.gate.clone() for candidate in scene.candidates}
+    kept = {candidate.name: candidate.gate.clone() for candidate in context.candidates}
     open_ranks = [(g, int(k)) for g, members in groups.items() for k in members[0].gate.nonzero().flatten()]
-    scene.say(f"AB-LoRA: {len(open_ranks)} ranks, {2 * len(open_ranks) + 1} passes over {len(scene.batches)} batches")
+    context.say(
+        f"AB-LoRA: {len(open_ranks)} ranks, {2 * len(open_ranks) + 1} passes over {len(context.batches)} batches"
+    )
 
     def fidelity() -> float:
-        loss = torch.stack([widest(scene.loss_alone(batch)) for batch in scene.batches]).mean()
+        loss = torch.stack([widest(context.loss_alone(batch)) for batch in context.batches]).mean()
         mean_over_processes([loss])
         return -float(loss)
 
     def put_back() -> None:
-        for candidate in scene.candidates:
+        for candidate in context.candidates:
             candidate.gate.copy_(kept[candidate.name])
 
     try:
-        with evaluation_mode(scene.model):
+        with evaluation_mode(context.model):
             whole, found = fidelity(), {}
             for group, rank in open_ranks:
                 for candidate in groups[group]:
                     candidate.gate[rank] = 0
                 without = fidelity()
-                for candidate in scene.candidates:
+                for candidate in context.candidates:
                     candidate.gate.zero_()
                 for candidate in groups[group]:
                     candidate.gate[rank] = 1

@@ -70,7 +70,7 @@ def most_parameters(candidates: Sequence[Priced], budget: Budget) -> int:
     return found
 
 
-def worth(candidates: Sequence[Priced], start: Mapping[str, int], budget: Budget) -> int:
+def expected_parameters(candidates: Sequence[Priced], start: Mapping[str, int], budget: Budget) -> int:
     """Return how many parameters the budget stands for: its amount, where that is in parameters.
 
     For ranks and modules, whose price in parameters differs from site to site, it is what the ranks open at the `start`

@@ -65,7 +65,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ScoringContext:
     """All that a revision may look at."""
 
     candidates: Sequence[Candidate]
@@ -167,7 +167,7 @@ class Allocator(ABC):
         """Return the gates before the first revision, and the budget; `rank` gives what is configured for a site."""
 
     @abstractmethod
-    def revise(self, scene: Scene) -> Revision:
+    def revise(self, context: ScoringContext) -> Revision:
         """Return the gates from here on. The gates in the scene may be moved for scoring; the caller restores them.
 
         Raises:

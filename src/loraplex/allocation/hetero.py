@@ -19,7 +19,7 @@ import torch
 from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method
 from loraplex.allocation.budget import UNITS, Budget, check_share, check_unit, share_of
 from loraplex.allocation.choosing import in_proportion, on_or_off
-from loraplex.allocation.contracts import Candidate, Gates, Revision, Scene
+from loraplex.allocation.contracts import Candidate, Gates, Revision, ScoringContext
 from loraplex.allocation.proxies import PROXIES, Scoring, score
 from loraplex.allocation.shortcuts import ShortcutOptions
 from loraplex.errors import UserError, nearest
@@ -32,7 +32,7 @@ _OF_WEIGHTS = ("fisher",)
 
 
 @dataclass(frozen=True)
-class Hetero(ShortcutOptions):
+class HeteroLoRA(ShortcutOptions):
     """Options of HeteroLoRA; those of the paper are the defaults."""
 
     delay = "warm_up"
@@ -46,11 +46,11 @@ class Hetero(ShortcutOptions):
     """"on_or_off": all ranks of a site or none; "proportional": as many as its score asks for."""
     batches: int = 32
     """K: batches that the score is taken over, the first of the training set in its order."""
-    every: float | None = None
+    interval: float | None = None
     """Score again: after so many steps, or below 1 after this part of an epoch. Absent: once."""
     warm_up: int = 0
     """Steps with all candidates on before they are scored for the first time."""
-    of: str = "adapter"
+    score_target: str = "adapter"
     """Score the "adapter"'s factors, or the "frozen" weight under them."""
     gradient: str = "summed"
     """For grad_norm: the norm of the "summed" gradient, or the "mean_of_norms" of the batches."""
@@ -62,8 +62,8 @@ class Hetero(ShortcutOptions):
     """For alpha_test: by which share the loss may rise."""
     synflow: str = "logits"
     """For synflow: the sum of the "logits", or the "loss"."""
-    rankings: str = "one"
-    """With shortcuts: "one" ranking over them and the linear sites, or "two", each with its own share."""
+    separate_rankings: bool = False
+    """With shortcuts: rank them and the linear sites apart, each with its own share, instead of in one ranking."""
 
     def __post_init__(self) -> None:
         """Refuse what is not among the choices."""
@@ -71,16 +71,17 @@ class Hetero(ShortcutOptions):
         choices: dict[str, Sequence[str]] = {
             "proxy": list(PROXIES),
             "ranks": ("on_or_off", "proportional"),
-            "of": ("adapter", "frozen"),
+            "score_target": ("adapter", "frozen"),
             "gradient": ("summed", "mean_of_norms"),
             "normalize": ("none", "numel", "sqrt_numel"),
             "scoring_init": ("own", "random"),
             "synflow": ("logits", "loss"),
             "unit": UNITS,
-            "rankings": ("one", "two"),
         }
         for name, known in choices.items():
             _check_choice(name, getattr(self, name), known)
+        if not isinstance(self.separate_rankings, bool):
+            raise UserError(f"separate_rankings is {self.separate_rankings!r}: give true or false")
         check_unit(self.unit)
         check_share("share", self.share)
         if self.ranks == "proportional" and self.unit == "modules":
@@ -91,17 +92,17 @@ class Hetero(ShortcutOptions):
                 raise UserError(f"{name} is {value!r}: give a whole number of at least {least}")
         if not is_number(self.tolerance) or not self.tolerance >= 0:
             raise UserError(f"tolerance is {self.tolerance!r}: give a share of at least 0, such as 0.01")
-        if self.every is not None and (not is_number(self.every) or not self.every > 0):
-            raise UserError(f"every is {self.every!r}: give steps, or a part of an epoch below 1")
-        if self.shortcuts and (self.proxy in _OF_WEIGHTS or self.of == "frozen"):
-            what = f"proxy {self.proxy}" if self.of == "adapter" else "of: frozen"
+        if self.interval is not None and (not is_number(self.interval) or not self.interval > 0):
+            raise UserError(f"interval is {self.interval!r}: give steps, or a part of an epoch below 1")
+        if self.shortcuts and (self.proxy in _OF_WEIGHTS or self.score_target == "frozen"):
+            what = f"proxy {self.proxy}" if self.score_target == "adapter" else "score_target: frozen"
             raise UserError(f"{what} looks at the frozen weight of a site, and shortcuts have none: take grad_norm")
 
     def due(self, total_steps: int, steps_per_epoch: int) -> Sequence[int]:
         """Return the first revision and, for the dynamic method, those after it."""
-        if self.every is None:
+        if self.interval is None:
             return [self.warm_up]
-        period = int(self.every) if self.every >= 1 else max(1, round(self.every * steps_per_epoch))
+        period = int(self.interval) if self.interval >= 1 else max(1, round(self.interval * steps_per_epoch))
         return list(range(self.warm_up, total_steps, period))
 
     def start(self, candidates: Sequence[Candidate], rank: Callable[[str], int]) -> tuple[Gates, Budget]:
@@ -109,19 +110,19 @@ class Hetero(ShortcutOptions):
         amount = sum(budget.amount for _, budget in self._rankings(candidates))
         return {candidate.name: torch.ones(candidate.ranks) for candidate in candidates}, Budget(amount, self.unit)
 
-    def revise(self, scene: Scene) -> Revision:
+    def revise(self, context: ScoringContext) -> Revision:
         """Score all candidates and give the budget to the best.
 
         Raises:
             UserError: when no candidate has a score above another's because there is nothing to see yet.
         """
-        scores = score(self.proxy, scene, self._scoring)
+        scores = score(self.proxy, context, self._scoring)
         if self.proxy != "constant" and not any(scores.values()):
-            raise UserError(self._blind(scene))
+            raise UserError(self._blind(context))
         tied: list[str] = []
         ranks: dict[str, int] = {}
-        generator = scene.generator()
-        for candidates, budget in self._rankings(scene.candidates):
+        generator = context.generator()
+        for candidates, budget in self._rankings(context.candidates):
             if self.ranks == "proportional":
                 ranks |= in_proportion(candidates, {c.name: scores[c.name] for c in candidates}, budget)
             else:
@@ -129,21 +130,21 @@ class Hetero(ShortcutOptions):
                 ranks |= chosen
                 tied += equal
         remark = f"chance decided between {len(tied)} sites of equal score" if tied else ""
-        return Revision({c.name: _first(ranks[c.name], c.ranks) for c in scene.candidates}, scores, remark)
+        return Revision({c.name: _first(ranks[c.name], c.ranks) for c in context.candidates}, scores, remark)
 
     def _rankings(self, candidates: Sequence[Candidate]) -> list[tuple[list[Candidate], Budget]]:
         """Return what is ranked together, with its budget: ⌊p·N⌋ of linear sites, round(p·M) of shortcuts."""
         linear = [candidate for candidate in candidates if not candidate.site.edge]
         edges = [candidate for candidate in candidates if candidate.site.edge]
         budgets = share_of(linear, self.share, self.unit), share_of(edges, self.share, self.unit, rounded=True)
-        if self.rankings == "two" and edges:
+        if self.separate_rankings and edges:
             return list(zip((linear, edges), budgets, strict=True))
         return [(list(candidates), Budget(sum(budget.amount for budget in budgets), self.unit))]
 
     @property
     def _scoring(self) -> Scoring:
         return Scoring(
-            of=self.of,
+            of=self.score_target,
             mean_of_norms=self.gradient == "mean_of_norms",
             normalize=self.normalize,
             init=self.scoring_init,
@@ -151,8 +152,8 @@ class Hetero(ShortcutOptions):
             synflow=self.synflow,
         )
 
-    def _blind(self, scene: Scene) -> str:
-        text = f"{self.proxy} gives all {len(scene.candidates)} sites the score 0, so it cannot choose between them"
+    def _blind(self, context: ScoringContext) -> str:
+        text = f"{self.proxy} gives all {len(context.candidates)} sites the score 0, so it cannot choose between them"
         if self.proxy in _BLIND:
             text += ": under B = 0 it always does. Take grad_norm, or scoring_init random, or warm_up, or of frozen"
         return text
@@ -171,7 +172,7 @@ REGISTRY.add(
     Method(
         name="hetero",
         axis=Axis.ALLOCATION,
-        options=Hetero,
+        options=HeteroLoRA,
         summary="the ranks go to the sites, and shortcuts if asked for, that a zero-cost proxy ranks highest",
         paper="arXiv 2406.14956",
         parameters="–",

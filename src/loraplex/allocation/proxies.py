@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.contracts import uniform
-from loraplex.allocation.contracts import Batch, Candidate, Scene
+from loraplex.allocation.contracts import Batch, Candidate, ScoringContext
 from loraplex.errors import UserError
 from loraplex.models.modes import evaluation_mode
 from loraplex.processes import several_processes
@@ -48,7 +48,7 @@ class Scoring:
     """What SynFlow differentiates: the sum of the "logits", or the "loss" as HeteroLoRA's code has it."""
 
 
-def score(proxy: str, scene: Scene, how: Scoring) -> Scores:
+def score(proxy: str, context: ScoringContext, how: Scoring) -> Scores:
     """Return the score of every candidate by site name; `proxy` is a name of `PROXIES`.
 
     Gates, gradients, weights, modes and the random generators are afterwards as they were.
@@ -58,63 +58,63 @@ def score(proxy: str, scene: Scene, how: Scoring) -> Scores:
     """
     if proxy == "constant":
         # nothing to look at, and no size to divide by
-        return constant(scene, how)
-    with _set_aside(scene), _drawn(scene, how):
-        found = PROXIES[proxy](scene, how)
+        return constant(context, how)
+    with _set_aside(context), _drawn(context, how):
+        found = PROXIES[proxy](context, how)
     if how.normalize == "none":
         return found
     power = 1.0 if how.normalize == "numel" else 0.5
-    sizes = {c.name: sum(tensor.numel() for tensor in _tensors(c, how)) for c in scene.candidates}
+    sizes = {c.name: sum(tensor.numel() for tensor in _tensors(c, how)) for c in context.candidates}
     return {name: value / sizes[name] ** power for name, value in found.items()}
 
 
-def grad_norm(scene: Scene, how: Scoring) -> Scores:
+def grad_norm(context: ScoringContext, how: Scoring) -> Scores:
     """‖∂ℒ/∂A‖_F + ‖∂ℒ/∂B‖_F, of every site."""
 
     def norms(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
         return sum(float(torch.linalg.vector_norm(widest(gradient))) for gradient in gradients)
 
     if not how.mean_of_norms:
-        return _of_gradients(scene, how, norms, scene.batches)
-    each = [_of_gradients(scene, how, norms, [batch]) for batch in scene.batches]
+        return _of_gradients(context, how, norms, context.batches)
+    each = [_of_gradients(context, how, norms, [batch]) for batch in context.batches]
     return {name: sum(scores[name] for scores in each) / len(each) for name in each[0]}
 
 
-def snip(scene: Scene, how: Scoring) -> Scores:
+def snip(context: ScoringContext, how: Scoring) -> Scores:
     """Σ|A ⊙ ∂ℒ/∂A| + Σ|B ⊙ ∂ℒ/∂B|, of every site (Lee et al., arXiv 1810.02340)."""
-    return _of_gradients(scene, how, _products, scene.batches)
+    return _of_gradients(context, how, _products, context.batches)
 
 
-def synflow(scene: Scene, how: Scoring) -> Scores:
+def synflow(context: ScoringContext, how: Scoring) -> Scores:
     """Σ|A ⊙ ∂R/∂A| + Σ|B ⊙ ∂R/∂B| with every weight replaced by its modulus and an input of ones.
 
     R is the sum of the logits (Tanaka et al., arXiv 2006.05467), or the loss. Softmax and norms take from it what the
     argument for networks of positive weights needs.
     """
-    batch = scene.batches[0]
-    kept = [(tensor, tensor.detach().clone()) for tensor in _floating(scene.model)]
+    batch = context.batches[0]
+    kept = [(tensor, tensor.detach().clone()) for tensor in _floating(context.model)]
     try:
         for tensor, value in kept:
             tensor.data = value.abs()
 
         def flow(batch: Batch) -> Tensor:
-            output = scene.model(**_of_ones(scene.model, batch))
+            output = context.model(**_of_ones(context.model, batch))
             result: Tensor = output.loss if how.synflow == "loss" else output.logits.sum(dtype=torch.float32)
             return result
 
-        return _of_gradients(scene, how, _products, [batch], flow)
+        return _of_gradients(context, how, _products, [batch], flow)
     finally:
         for tensor, value in kept:
             tensor.data = value
 
 
-def fisher(scene: Scene, how: Scoring) -> Scores:
+def fisher(context: ScoringContext, how: Scoring) -> Scores:
     """Σ_c ½·mean over samples of (Σ_t y_tc·∂ℒ/∂y_tc)², y (samples, tokens, out) the output of the site.
 
     Positions of padding have no gradient, so they do not count (Theis et al., arXiv 1801.05787, as the proxies' paper
     uses it).
     """
-    squares = {candidate.name: 0.0 for candidate in scene.candidates}
+    squares = {candidate.name: 0.0 for candidate in context.candidates}
     samples = 0
 
     def watch(candidate: Candidate) -> Callable[..., None]:
@@ -131,40 +131,40 @@ def fisher(scene: Scene, how: Scoring) -> Scores:
 
         return forward
 
-    for candidate in scene.candidates:
+    for candidate in context.candidates:
         _weight(candidate)
-    handles = [candidate.layer.register_forward_hook(watch(candidate)) for candidate in scene.candidates]
+    handles = [candidate.layer.register_forward_hook(watch(candidate)) for candidate in context.candidates]
     try:
-        for batch in scene.batches:
+        for batch in context.batches:
             samples += len(next(iter(batch.values())))
-            scene.loss(batch).backward()
+            context.loss(batch).backward()
     finally:
         for handle in handles:
             handle.remove()
-    gate = scene.candidates[0].gate
+    gate = context.candidates[0].gate
     totals = torch.tensor([*squares.values(), samples], dtype=widest(gate).dtype, device=gate.device)
     mean_over_processes([totals])
     return {name: value / float(totals[-1]) for name, value in zip(squares, totals.tolist(), strict=False)}
 
 
-def grasp(scene: Scene, how: Scoring) -> Scores:
+def grasp(context: ScoringContext, how: Scoring) -> Scores:
     """−Σ θ ⊙ (H g), g = ∂ℒ/∂θ, H the Hessian of ℒ in the θ of all candidates (Wang et al., arXiv 2002.07376).
 
     Both derivatives are of the mean of ℒ over the batches, in two passes over them; attention is computed eagerly,
     because fused kernels have no second derivative.
     """
-    tensors = {candidate.name: _tensors(candidate, how) for candidate in scene.candidates}
+    tensors = {candidate.name: _tensors(candidate, how) for candidate in context.candidates}
     every = [tensor for group in tensors.values() for tensor in group]
-    count = len(scene.batches)
-    with _twice_differentiable(scene):
+    count = len(context.batches)
+    with _twice_differentiable(context):
         first = [torch.zeros_like(tensor) for tensor in every]
-        for batch in scene.batches:
-            gradients = torch.autograd.grad(scene.loss(batch) / count, every, allow_unused=True)
+        for batch in context.batches:
+            gradients = torch.autograd.grad(context.loss(batch) / count, every, allow_unused=True)
             first = [g if new is None else g + new for g, new in zip(first, gradients, strict=True)]
         mean_over_processes(first)
         second = [torch.zeros_like(tensor) for tensor in every]
-        for batch in scene.batches:
-            gradients = torch.autograd.grad(scene.loss(batch) / count, every, create_graph=True, allow_unused=True)
+        for batch in context.batches:
+            gradients = torch.autograd.grad(context.loss(batch) / count, every, create_graph=True, allow_unused=True)
             pairs = [(g.detach(), new) for g, new in zip(first, gradients, strict=True) if new is not None]
             product = torch.stack([(g * new).sum() for g, new in pairs]).sum()
             if product.requires_grad:
@@ -178,24 +178,24 @@ def grasp(scene: Scene, how: Scoring) -> Scores:
     }
 
 
-def alpha_test(scene: Scene, how: Scoring) -> Scores:
+def alpha_test(context: ScoringContext, how: Scoring) -> Scores:
     """The smallest α of 0, .1, … 1 with which ΔW of the site may be multiplied before the loss rises by `tolerance`.
 
     Costs up to 1 + 4·sites passes over the batches; it says so before it starts. α multiplies what the adapter adds,
     not the whole output of the module.
     """
-    passes = (1 + 4 * len(scene.candidates)) * len(scene.batches)
-    scene.say(f"alpha_test: up to {passes:,} forward passes, against {len(scene.batches)} for a gradient's proxy")
+    passes = (1 + 4 * len(context.candidates)) * len(context.batches)
+    context.say(f"alpha_test: up to {passes:,} forward passes, against {len(context.batches)} for a gradient's proxy")
 
     @torch.no_grad()
     def loss() -> float:
-        total = torch.stack([widest(scene.loss_alone(batch)) for batch in scene.batches]).mean()
+        total = torch.stack([widest(context.loss_alone(batch)) for batch in context.batches]).mean()
         mean_over_processes([total])
         return float(total)
 
     allowed = (1 + how.tolerance) * loss()
     scores = {}
-    for candidate in scene.candidates:
+    for candidate in context.candidates:
         low, high = 0, 10
         while low < high:
             middle = (low + high) // 2
@@ -206,12 +206,12 @@ def alpha_test(scene: Scene, how: Scoring) -> Scores:
     return scores
 
 
-def constant(scene: Scene, how: Scoring) -> Scores:
+def constant(context: ScoringContext, how: Scoring) -> Scores:
     """1 everywhere, which leaves the choice to chance."""
-    return {candidate.name: 1.0 for candidate in scene.candidates}
+    return {candidate.name: 1.0 for candidate in context.candidates}
 
 
-PROXIES: dict[str, Callable[[Scene, Scoring], Scores]] = {
+PROXIES: dict[str, Callable[[ScoringContext, Scoring], Scores]] = {
     "grad_norm": grad_norm,
     "snip": snip,
     "synflow": synflow,
@@ -228,16 +228,20 @@ def _products(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
 
 
 def _of_gradients(
-    scene: Scene, how: Scoring, norms: Norms, batches: Sequence[Batch], loss: Callable[[Batch], Tensor] | None = None
+    context: ScoringContext,
+    how: Scoring,
+    norms: Norms,
+    batches: Sequence[Batch],
+    loss: Callable[[Batch], Tensor] | None = None,
 ) -> Scores:
     """Return `norms` of every candidate's θ and the gradients summed over the batches (and the processes)."""
-    for candidate in scene.candidates:
+    for candidate in context.candidates:
         for tensor in _tensors(candidate, how):
             tensor.grad = None
     for batch in batches:
-        (loss or scene.loss_alone)(batch).backward()
+        (loss or context.loss_alone)(batch).backward()
     scores = {}
-    for candidate in scene.candidates:
+    for candidate in context.candidates:
         tensors = _tensors(candidate, how)
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         mean_over_processes(gradients)
@@ -283,21 +287,21 @@ def _of_ones(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def _set_aside(scene: Scene) -> Iterator[None]:
+def _set_aside(context: ScoringContext) -> Iterator[None]:
     """Open all gates, switch dropout off, and put gates, modes, gradients and random generators back afterwards."""
-    gates = [(candidate.gate, candidate.gate.clone()) for candidate in scene.candidates]
-    gradients = [(parameter, parameter.grad) for parameter in scene.model.parameters()]
-    flags = [(parameter, parameter.requires_grad) for parameter in scene.model.parameters()]
+    gates = [(candidate.gate, candidate.gate.clone()) for candidate in context.candidates]
+    gradients = [(parameter, parameter.grad) for parameter in context.model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in context.model.parameters()]
     try:
         for gate, _ in gates:
             gate.fill_(1)
         for parameter, _ in gradients:
             parameter.grad = None
-        with evaluation_mode(scene.model), torch.random.fork_rng(), torch.enable_grad():
-            for module in scene.model.modules():
+        with evaluation_mode(context.model), torch.random.fork_rng(), torch.enable_grad():
+            for module in context.model.modules():
                 # activations are recomputed in training mode only: what is in such a block stays in evaluation
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
-            torch.manual_seed(scene.seed % 2**63)
+            torch.manual_seed(context.seed % 2**63)
             yield
     finally:
         for gate, value in gates:
@@ -309,18 +313,18 @@ def _set_aside(scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _drawn(scene: Scene, how: Scoring) -> Iterator[None]:
+def _drawn(context: ScoringContext, how: Scoring) -> Iterator[None]:
     """Let frozen weights have gradients where they are asked for, and draw B where the initial one is 0."""
     if how.of == "frozen":
-        for candidate in scene.candidates:
+        for candidate in context.candidates:
             weight = _weight(candidate)
             if not weight.is_floating_point() or not isinstance(weight, nn.Parameter):
                 raise UserError(f"{candidate.name} is quantized or transposed: its frozen weight has no gradient here")
             weight.requires_grad_(True)
     kept: list[tuple[nn.Parameter, Tensor]] = []
     if how.init == "random":
-        generator = torch.Generator().manual_seed(scene.seed % 2**63)
-        for candidate in scene.candidates:
+        generator = torch.Generator().manual_seed(context.seed % 2**63)
+        for candidate in context.candidates:
             for parameter in candidate.parameters():
                 if parameter.dim() == 2 and not bool(parameter.detach().any()):
                     drawn = uniform(tuple(parameter.shape), 1 / parameter.shape[1] ** 0.5, generator)  # type: ignore[arg-type]
@@ -334,12 +338,12 @@ def _drawn(scene: Scene, how: Scoring) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _twice_differentiable(scene: Scene) -> Iterator[None]:
+def _twice_differentiable(context: ScoringContext) -> Iterator[None]:
     """Compute attention eagerly and every site by plain products: fused functions have one derivative."""
-    model: Any = scene.model
+    model: Any = context.model
     before = getattr(model.config, "_attn_implementation", None)
     # a hook on the frozen linear makes the site call it as it is, instead of fusing it
-    linear = [candidate.layer.base_layer for candidate in scene.candidates if candidate.weight is not None]
+    linear = [candidate.layer.base_layer for candidate in context.candidates if candidate.weight is not None]
     handles = [module.register_forward_pre_hook(lambda module, args: None) for module in linear]  # type: ignore[union-attr]
     try:
         if before is not None:

@@ -11,7 +11,7 @@ import torch
 
 from loraplex.adapters.registry import REGISTRY, Axis, Method
 from loraplex.allocation.budget import Budget
-from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, Scene
+from loraplex.allocation.contracts import Allocator, Candidate, Gates, Revision, ScoringContext
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.shortcuts import ShortcutOptions
 from loraplex.allocation.sites import is_edge
@@ -63,9 +63,9 @@ class Uniform(ShortcutOptions):
         gates = {candidate.name: torch.ones(candidate.ranks) for candidate in candidates}
         return gates, Budget(sum(candidate.ranks for candidate in candidates), "ranks")
 
-    def revise(self, scene: Scene) -> Revision:
+    def revise(self, context: ScoringContext) -> Revision:
         """Return the gates as they are."""
-        return Revision({candidate.name: candidate.gate for candidate in scene.candidates})
+        return Revision({candidate.name: candidate.gate for candidate in context.candidates})
 
 
 REGISTRY.add(
@@ -76,5 +76,6 @@ REGISTRY.add(
         summary="the configured rank everywhere",
         paper="arXiv 2106.09685",
         parameters="–",
+        default=True,
     )
 )

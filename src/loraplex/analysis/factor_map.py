@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
 from loraplex.adapters.contracts import Factors
+from loraplex.compat.peft import SAFETENSORS_WEIGHTS_NAME
 from loraplex.errors import UserError, nearest
 from loraplex.export.pairs import read_pairs
-from loraplex.models.adapted import adapter_folder, load_adapted
+from loraplex.tuner.adapted_model import adapter_folder, load_adapted
 from loraplex.tuner.adapter_folder import check_weights, read_config
 from loraplex.tuner.model import LoraplexTuner
 
@@ -174,7 +174,7 @@ def _read(adapter: str, name: str, model: str | None) -> list[FactorVector]:
     tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     found: list[FactorVector] = []
     if not any(f".{LoraplexTuner.prefix}" in key for key in tensors):
-        factors = config.typed_adapter.factors
+        factors = config.adapter.factors
         pairs = read_pairs(tensors, lambda site: float(factors.scale(config.alpha_of(site), config.rank_of(site))))
         for site, pair in pairs.items():
             found += _vectors(name, site, pair.a, [pair.b], several=False)

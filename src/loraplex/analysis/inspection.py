@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.adapters.registry import Capability, Deployed
-from loraplex.analysis.routing import by_task, plain
+from loraplex.adapters.registry import Capability, SaveFormat
 from loraplex.analysis.spectrum import singular_values, stable_rank
+from loraplex.compat.peft import SAFETENSORS_WEIGHTS_NAME
 from loraplex.data import DataOptions, read_examples, tokenize
 from loraplex.errors import UserError
 from loraplex.export.base_lines import is_embedded
 from loraplex.export.pairs import SitePair, every_pair, open_shortcuts, read_pairs, site_ranks, trained_parameters
-from loraplex.export.subject import Subject, trained_beside
+from loraplex.export.subject import ExportCandidate, trained_beside
 from loraplex.export.targets import refusals
-from loraplex.models.adapted import adapter_folder, base_name, load_adapted
 from loraplex.models.loading import EMBEDDED, load_config, load_tokenizer
 from loraplex.training.folder import RunFolder
+from loraplex.tuner.adapted_model import adapter_folder, base_name, load_adapted
 from loraplex.tuner.adapter_folder import check_weights, read_config
 from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.routing import by_task, plain
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,21 @@ def inspect(adapter: str, model: str | None = None, data: DataOptions | None = N
     tensors = load_file(file)
     routing = _kept_routing(folder)
     shortcuts: tuple[str, ...] = ()
-    if data is not None and Capability.ROUTED not in config.typed_adapter.methods[0].provides:
+    if data is not None and Capability.ROUTED not in config.adapter.methods[0].provides:
         raise UserError(f"'{adapter}' routes nothing, so there are no gates to measure: leave --data out")
     if not any(f".{LoraplexTuner.prefix}" in key for key in tensors):
-        factors = config.typed_adapter.factors
+        factors = config.adapter.factors
         pairs = read_pairs(tensors, lambda site: float(factors.scale(config.alpha_of(site), config.rank_of(site))))
-        parameters, saved_as = sum(tensor.numel() for tensor in tensors.values()), config.typed_adapter.deployed
+        parameters, saved_as = sum(tensor.numel() for tensor in tensors.values()), config.adapter.save_format
     else:
         loaded = load_adapted(adapter, model, "float32")
-        one_pair = config.typed_adapter.plain is not Deployed.OWN and site_ranks(loaded)
+        one_pair = config.adapter.peft_format is not SaveFormat.OWN and site_ranks(loaded)
         pairs, parameters = every_pair(loaded) if one_pair else {}, trained_parameters(loaded)
-        saved_as, shortcuts = Deployed.OWN, open_shortcuts(loaded)
+        saved_as, shortcuts = SaveFormat.OWN, open_shortcuts(loaded)
         if data is not None:
             routing = _measured_routing(loaded, load_tokenizer(model or base_name(adapter)), data)
     ranks = {site: pair.rank for site, pair in pairs.items()}
-    subject = Subject(config, ranks, _base_config(adapter, model), shortcuts=shortcuts)
+    subject = ExportCandidate(config, ranks, _base_config(adapter, model), shortcuts=shortcuts)
     return Inspection(
         folder=folder,
         method=subject.name,

@@ -40,7 +40,7 @@ def compare(arguments: tuple[str, ...], quiet: bool) -> None:
     with intervals that allow for seeds and items. Called again, it goes on where it stopped; arms and seeds that are
     added later reuse what is there. The output folder gets report.html, results.json and CSV files.
     """
-    from loraplex.comparison.recipe import read_comparison
+    from loraplex.comparison.comparison_recipe import read_comparison
 
     path, overrides = split_arguments(arguments)
     recipe = read_comparison(path, overrides)

@@ -28,7 +28,7 @@ SHORT = [
     "48",
     "--data.max_test",
     "12",
-    "--evaluation.items_at_once",
+    "--evaluation.batch_size",
     "12",
 ]
 COMPARED_ROWS = 4
@@ -96,10 +96,10 @@ def _difference_to_stock_peft(recipe: Recipe, adapter: Path, examples: Sequence[
         UserError: when it is not negligible.
     """
     from loraplex.data.tokenization import prompt_ids
-    from loraplex.models.adapted import load_adapted
     from loraplex.models.agreement import model_logits
     from loraplex.models.loading import load_tokenizer, resolve_model
     from loraplex.models.stock_peft import stock_logits
+    from loraplex.tuner.adapted_model import load_adapted
 
     rows = prompt_ids(examples, load_tokenizer(recipe.model.name))
     theirs = stock_logits(resolve_model(recipe.model.name), str(adapter), rows)

@@ -105,7 +105,7 @@ def _score(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
     how = EvaluationOptions(
         kind=kind,
         normalize=arguments["normalize"],
-        items_at_once=arguments["batch_size"],
+        batch_size=arguments["batch_size"],
         max_new_tokens=arguments["max_new_tokens"],
     )
     measured = measure(model, tokenizer, examples, how, progress=not arguments["quiet"])
@@ -120,7 +120,7 @@ def _run_harness(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dic
     from rich.table import Table
 
     from loraplex.evaluation.harness import run_harness
-    from loraplex.models.adapted import refuse_classifier
+    from loraplex.tuner.adapted_model import refuse_classifier
 
     if arguments["adapter"] != BARE:
         refuse_classifier(arguments["adapter"], "--lm-eval")
@@ -142,8 +142,8 @@ def _load(arguments: Mapping[str, Any]) -> tuple[nn.Module, PreTrainedTokenizerB
     """Return the model with or without its adapter, its tokenizer, and the name of the base."""
     import torch
 
-    from loraplex.models.adapted import base_name, load_adapted, refuse_classifier
     from loraplex.models.loading import EMBEDDED, load_model, load_tokenizer
+    from loraplex.tuner.adapted_model import base_name, load_adapted, refuse_classifier
 
     adapter, dtype = arguments["adapter"], arguments["dtype"]
     name = arguments["model"] or (EMBEDDED if adapter == BARE else base_name(adapter))

@@ -55,7 +55,7 @@ def export(adapter: str, to: str, output: Path | None, sources: tuple[str, ...],
     if options["dequantize"] and to != "merged":
         raise click.UsageError("--dequantize belongs to --to merged")
     from loraplex.data import DataOptions
-    from loraplex.export.exporting import Order, default_output, export_per_task
+    from loraplex.export.exporting import ExportRequest, default_output, export_per_task
     from loraplex.export.exporting import export as run
     from loraplex.export.static_gates import StaticGates
 
@@ -67,7 +67,7 @@ def export(adapter: str, to: str, output: Path | None, sources: tuple[str, ...],
         click.echo(f"{topic + ':':10} {text}")
 
     target = output or default_output(adapter, to)
-    order = Order(adapter=adapter, to=to, output=target, data=data, static=static, **options)
+    order = ExportRequest(adapter=adapter, to=to, output=target, data=data, static=static, **options)
     if per_task:
         export_per_task(order, say)
         say("done", str(order.output))

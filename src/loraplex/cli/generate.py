@@ -55,8 +55,8 @@ def generate(
     import torch
     from transformers import TextStreamer, set_seed
 
-    from loraplex.models.adapted import base_name, load_adapted, refuse_classifier
     from loraplex.models.loading import load_tokenizer, quiet
+    from loraplex.tuner.adapted_model import base_name, load_adapted, refuse_classifier
 
     refuse_classifier(adapter, "generate")
     base = model or base_name(adapter)

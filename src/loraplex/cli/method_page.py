@@ -64,12 +64,12 @@ def _described(entry: Preset | Method, parts: list[Method], axis: str, changed: 
 
 def _recipe(name: str, parts: list[Method], axis: str, options: list[dict[str, Any]]) -> str:
     """Return how a recipe asks for it, with its first option at its default."""
-    from loraplex.adapters.registry import Axis, illegal
+    from loraplex.adapters.registry import Axis, incompatibility
     from loraplex.methods import REGISTRY
 
     asked, others = f"name: {name}", {Axis.FACTORS: Axis.COMBINE, Axis.COMBINE: Axis.FACTORS}
     if len(parts) == 1 and (other := others.get(parts[0].axis)):
-        partner = next(method for method in REGISTRY.members(other) if illegal(parts[0], method) is None)
+        partner = next(method for method in REGISTRY.members(other) if incompatibility(parts[0], method) is None)
         asked, axis = f"{axis}: {name}, {other.value}: {partner.name}", "adapter"
     elif not options:
         return f"adapter: {{{axis}: {name}}}"

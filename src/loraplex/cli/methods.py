@@ -73,13 +73,13 @@ def _describe_method(method: Method) -> dict[str, Any]:
 
 def _matrix() -> list[dict[str, Any]]:
     """Return one row per pair of factors and combine: legal or why not, and what goes with it."""
-    from loraplex.adapters.registry import Adapter, Axis, illegal
+    from loraplex.adapters.registry import Adapter, Axis, incompatibility
     from loraplex.methods import REGISTRY
 
     rows = []
     for factors in REGISTRY.members(Axis.FACTORS):
         for combine in REGISTRY.members(Axis.COMBINE):
-            refused = illegal(factors, combine)
+            refused = incompatibility(factors, combine)
             row: dict[str, Any] = {"factors": factors.name, "combine": combine.name, "refused": refused}
             if refused is None:
                 row |= _describe_pair(Adapter(factors.options(), combine.options()))
@@ -89,16 +89,16 @@ def _matrix() -> list[dict[str, Any]]:
 
 def _describe_pair(adapter: Adapter) -> dict[str, Any]:
     """Return what a legal pair can do; for each other method None, or the sentence that refuses it."""
-    from loraplex.adapters.registry import Axis, illegal
+    from loraplex.adapters.registry import Axis, incompatibility
     from loraplex.methods import REGISTRY
 
     row: dict[str, Any] = {
         "adapter": adapter.describe(),
-        "saved_as": adapter.deployed.value,
+        "saved_as": adapter.save_format.value,
         "mergeable": adapter.mergeable,
     }
     for axis in (Axis.ALLOCATION, Axis.OBJECTIVE):
-        row[axis.value] = {other.name: illegal(*adapter.methods, other) for other in REGISTRY.members(axis)}
+        row[axis.value] = {other.name: incompatibility(*adapter.methods, other) for other in REGISTRY.members(axis)}
     return row
 
 

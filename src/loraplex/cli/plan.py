@@ -31,11 +31,11 @@ def plan(arguments: tuple[str, ...], as_json: bool) -> None:
 
     from loraplex.models.loading import load_tokenizer
     from loraplex.training.estimate import estimate
-    from loraplex.training.preparation import read_rows, settle
+    from loraplex.training.preparation import read_rows, resolve_from_data
 
-    recipe, settled = settle(recipe)
-    for choice in settled:
-        click.echo(f"settled: {choice.summary}", err=as_json)
+    recipe, decided = resolve_from_data(recipe)
+    for choice in decided:
+        click.echo(f"decided: {choice.summary}", err=as_json)
     rows = read_rows(recipe, load_tokenizer(recipe.model.name))
     found = estimate(recipe, rows)
     if as_json:

@@ -13,13 +13,13 @@ import altair as alt
 from loraplex.comparison.curves import course, rank_map
 from loraplex.comparison.results import Comparison
 from loraplex.comparison.scatter import against_parameters, against_time
-from loraplex.comparison.scene import Plot, Scene, close_scale, interval, percent, percent_axis
+from loraplex.comparison.scene import ChartContext, Plot, close_scale, interval, percent, percent_axis
 from loraplex.comparison.summary import Summary
 
 
 def draw(comparison: Comparison, summary: Summary, names: Sequence[str], *, legends: bool) -> list[Plot]:
     """Return all charts that the comparison has data for, in the order of the report."""
-    scene = Scene(comparison, summary, names, legends)
+    scene = ChartContext(comparison, summary, names, legends)
     drawn: list[Plot | None] = []
     if summary.arms:
         drawn += [_accuracy(scene), against_parameters(scene), against_time(scene)]
@@ -27,7 +27,7 @@ def draw(comparison: Comparison, summary: Summary, names: Sequence[str], *, lege
     return [plot for plot in drawn if plot is not None]
 
 
-def _accuracy(scene: Scene) -> Plot:
+def _accuracy(scene: ChartContext) -> Plot:
     # The names are in the chart itself.
     scene = replace(scene, legends=False)
     comparison, order = scene.comparison, scene.order()
@@ -73,7 +73,7 @@ def _accuracy(scene: Scene) -> Plot:
     return Plot("accuracy", "Accuracy", caption, chart)
 
 
-def _learning_curves(scene: Scene) -> Plot | None:
+def _learning_curves(scene: ChartContext) -> Plot | None:
     means, seeds = [], []
     for arm in scene.comparison.arms:
         curves = {run.seed: course(run.loss) for run in arm.runs if run.loss}
@@ -110,7 +110,7 @@ def _learning_curves(scene: Scene) -> Plot | None:
     return Plot("learning-curves", "Learning curves", caption, chart)
 
 
-def _tasks(scene: Scene) -> Plot | None:
+def _tasks(scene: ChartContext) -> Plot | None:
     runs = [(arm, run) for arm in scene.comparison.arms for run in scene.finished(arm)]
     tasks = list(dict.fromkeys(task for _, run in runs for task in run.tasks))
     if len(tasks) < 2:
@@ -160,7 +160,7 @@ def _tasks(scene: Scene) -> Plot | None:
     return Plot("tasks", "Accuracy per task", caption, chart)
 
 
-def _rank_maps(scene: Scene) -> list[Plot]:
+def _rank_maps(scene: ChartContext) -> list[Plot]:
     """Return a map per arm whose ranks are not the same everywhere; all maps share one scale."""
     maps = {}
     for arm in scene.comparison.arms:
@@ -193,7 +193,7 @@ def _rank_maps(scene: Scene) -> list[Plot]:
     return plots
 
 
-def _trials(scene: Scene) -> Plot | None:
+def _trials(scene: ChartContext) -> Plot | None:
     rows: list[dict[str, Any]] = [
         {"arm": arm.name, "rate": trial.learning_rate, "accuracy": trial.accuracy, "deviation": trial.standard_error}
         | {"error": trial.error, "chosen": math.isclose(trial.learning_rate, arm.learning_rate)}

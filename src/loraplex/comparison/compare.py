@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex.allocation.plan import Plan
-from loraplex.comparison.budget import Counter, Solved, fixed, keeps_to, parse_budget, parse_match, solve
+from loraplex.comparison.budget_matching import Counter, Solved, fixed, keeps_to, parse_budget, parse_match, solve
 from loraplex.comparison.collecting import collect, collect_base, environment
+from loraplex.comparison.comparison_recipe import ComparisonRecipe
 from loraplex.comparison.grouped import joined, parts
 from loraplex.comparison.jobs import Job, Kind, make_job
-from loraplex.comparison.recipe import ComparisonRecipe
 from loraplex.comparison.results import Arm, Comparison, Run, Trial, write_results
 from loraplex.comparison.sentences import size_sentence
 from loraplex.comparison.statistics import expected_detectable
 from loraplex.comparison.sweep import default_jobs, run_jobs
 from loraplex.errors import UserError
-from loraplex.training.preparation import adapter_config, settle
+from loraplex.training.preparation import adapter_config, resolve_from_data
 from loraplex.training.recipe import Recipe, TrainingOptions
 from loraplex.tuner.config import AdapterConfig
 
@@ -107,7 +107,7 @@ def _compare(sweep: _Sweep) -> Comparison:
     from loraplex.comparison.page import write_report
 
     items = _check_rows(sweep)
-    recipe = sweep.recipe = _settled(sweep)
+    recipe = sweep.recipe = _resolved(sweep)
     _solve(sweep)
     contrasts = len(recipe.arms) - 1
     if contrasts and items:
@@ -171,13 +171,13 @@ def _check_rows(sweep: _Sweep) -> int:
     return items_of_accuracy(rows.test, first.evaluation)
 
 
-def _settled(sweep: _Sweep) -> ComparisonRecipe:
+def _resolved(sweep: _Sweep) -> ComparisonRecipe:
     """Return the recipe with those options decided that its arms leave to the training rows."""
     arms = {}
     for name, arm in sweep.recipe.arms.items():
-        arms[name], settled = settle(arm)
-        for choice in settled:
-            sweep.say("settled", f"{name}: {choice.summary}")
+        arms[name], decided = resolve_from_data(arm)
+        for choice in decided:
+            sweep.say("decided", f"{name}: {choice.summary}")
     for name, number in sweep.recipe.groups.items():
         sweep.sizes[name] = _group_sizes(sweep, name, number)
     return replace(sweep.recipe, arms=arms)
@@ -191,7 +191,7 @@ def _group_sizes(sweep: _Sweep, name: str, number: int | str) -> list[int]:
     rows = training_examples(arm)[0]
     found = find_groups(rows, number if isinstance(number, int) else None, arm.data.seed)
     if number == "auto":
-        sweep.say("settled", f"{name}: one_per_group: {found.number}; {found.reason}")
+        sweep.say("decided", f"{name}: one_per_group: {found.number}; {found.reason}")
     sizes = group_sizes(found, rows)
     sweep.say("groups", f"{name}: {' + '.join(str(size) for size in sizes)} rows")
     return sizes
@@ -328,11 +328,11 @@ def _summary(sweep: _Sweep, name: str) -> str:
 
 def _describe(recipe: Recipe, common: TrainingOptions) -> str:
     """Return an arm in a few words: the adapter, its rank, and where its training differs from the reference's."""
-    section: dict[str, Any] = recipe.peft or recipe.adapter
+    section: dict[str, Any] = recipe.peft or vars(recipe.adapter or AdapterConfig())
     words = [recipe.adapter_name]
     if "target_r" in section:
         words.append(f"target_r={section['target_r']} init_r={section.get('init_r', 'default')}")
-    elif (rank := section.get("r", None if recipe.peft else AdapterConfig.r)) is not None:
+    elif (rank := section.get("r")) is not None:
         uneven = len({rank, *section.get("rank_pattern", {}).values()}) > 1
         words.append(f"r={rank}{'–' + str(rank + 1) if uneven else ''}")
     for key, value in vars(recipe.training).items():

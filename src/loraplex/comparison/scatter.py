@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import altair as alt
 
 from loraplex.comparison.results import Run
-from loraplex.comparison.scene import Plot, Scene, interval, percent, percent_axis
+from loraplex.comparison.scene import ChartContext, Plot, interval, percent, percent_axis
 
 # Pixels of the plot on a phone, where labels have least room; and of a label with its distance from the point.
 _WIDTH, _HEIGHT = 270, 330
@@ -53,7 +53,7 @@ class _CostScale(NamedTuple):
         return alt.X("x:Q", title=title, axis=axis, scale=alt.Scale(domain=[self.low, self.high], nice=False, **kind))
 
 
-def against_parameters(scene: Scene) -> Plot | None:
+def against_parameters(scene: ChartContext) -> Plot | None:
     """Return accuracy over the number of trainable parameters."""
     return _scatter(
         scene,
@@ -65,7 +65,7 @@ def against_parameters(scene: Scene) -> Plot | None:
     )
 
 
-def against_time(scene: Scene) -> Plot | None:
+def against_time(scene: ChartContext) -> Plot | None:
     """Return accuracy over the time of a whole training."""
     longest = max((run.training_seconds or 0.0 for arm in scene.comparison.arms for run in arm.runs), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
@@ -80,7 +80,7 @@ def against_time(scene: Scene) -> Plot | None:
 
 
 def _scatter(
-    scene: Scene, name: str, title: str, cost: str, digits: str, measure: Callable[[Run], float | None]
+    scene: ChartContext, name: str, title: str, cost: str, digits: str, measure: Callable[[Run], float | None]
 ) -> Plot | None:
     """Return accuracy over a cost, with the arms that no other beats in both joined by the Pareto front."""
     costs = {

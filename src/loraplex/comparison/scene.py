@@ -37,7 +37,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ChartContext:
     """What all charts of a comparison share."""
 
     comparison: Comparison

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loraplex.compat.transformers import attention_of
 from loraplex.evaluation.batches import evaluating, length_batches
 from loraplex.kernels.packed_attention import PACKED_ATTENTION
 
@@ -165,7 +166,7 @@ def _to(value: Any, device: torch.device) -> Any:
 def _attending_by_sequence(model: nn.Module) -> Iterator[None]:
     """Let the model attend within packed sequences inside the block, and as before after it."""
     base = _base(model)
-    before = base.config._attn_implementation
+    before = attention_of(base.config)
     base.set_attn_implementation(PACKED_ATTENTION)
     try:
         yield
@@ -180,7 +181,7 @@ def _shares_prompts(model: nn.Module) -> bool:
     peft_config = getattr(model, "active_peft_config", None)
     return (
         config.model_type in SHARES_PROMPTS
-        and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
+        and attention_of(config) in ("sdpa", PACKED_ATTENTION)
         and not is_windowed
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not getattr(peft_config, "is_prompt_learning", False)

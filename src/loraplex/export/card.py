@@ -12,7 +12,7 @@ import yaml
 from loraplex import __version__
 from loraplex.export.base_lines import is_embedded
 from loraplex.export.history import History
-from loraplex.export.subject import Subject
+from loraplex.export.subject import ExportCandidate
 from loraplex.export.target import Target
 from loraplex.models.agreement import Agreement
 from loraplex.models.embedded import PACKAGE, PACKAGE_VERSION
@@ -26,7 +26,7 @@ class CardFacts:
     """What a card is written from."""
 
     target: Target
-    subject: Subject
+    subject: ExportCandidate
     base: str
     history: History
     trainable: int

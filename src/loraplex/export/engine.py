@@ -11,10 +11,10 @@ import json
 import math
 from pathlib import Path
 
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
+from loraplex.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from loraplex.errors import UserError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

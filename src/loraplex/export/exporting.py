@@ -26,21 +26,21 @@ from loraplex.export.static_gates import (
     static_config,
     tasks_of,
 )
-from loraplex.export.subject import Subject
-from loraplex.export.target import Target, Writing
+from loraplex.export.subject import ExportCandidate
+from loraplex.export.target import Target, WriteOptions
 from loraplex.export.targets import TARGETS, refusal
 from loraplex.export.verification import TOLERANCE, check, read_prompts
-from loraplex.models.adapted import adapt, adapter_folder, base_name
 from loraplex.models.agreement import Agreement, compare, model_logits
 from loraplex.models.loading import load_config, load_model, load_tokenizer
 from loraplex.training.folder import fill_atomically
+from loraplex.tuner.adapted_model import adapt, adapter_folder, base_name
 from loraplex.tuner.adapter_folder import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Order:
+class ExportRequest:
     """What to export to what, and how strictly."""
 
     adapter: str
@@ -74,7 +74,7 @@ class Exported:
     """What was given up before the exact export, where it was asked for."""
 
 
-def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: None) -> Exported:
+def export(order: ExportRequest, say: Callable[[str, str], None] = lambda topic, text: None) -> Exported:
     """Export as ordered and return what came out; `say` is told (topic, text) on the way.
 
     Raises:
@@ -85,7 +85,7 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
     check_output(order.output, order.overwrite)
     folder = adapter_folder(order.adapter)
     base = order.model or base_name(order.adapter)
-    subject = Subject(read_config(folder), {}, load_config(base), order.dequantize)
+    subject = ExportCandidate(read_config(folder), {}, load_config(base), order.dequantize)
     # before anything slow, and again when the sites are known
     _refuse(target, subject, order)
     tokenizer = load_tokenizer(base)
@@ -114,7 +114,7 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
 
     def fill(temporary: Path) -> None:
         # the target may use the model up; only one is in memory when the result is reloaded
-        notes.extend(target.write(held.pop(), temporary, Writing(base, dtype)))
+        notes.extend(target.write(held.pop(), temporary, WriteOptions(base, dtype)))
         for note in notes:
             say("written", note)
         gc.collect()
@@ -129,7 +129,9 @@ def export(order: Order, say: Callable[[str, str], None] = lambda topic, text: N
     return Exported(order.output, notes, agreements, approximation)
 
 
-def export_per_task(order: Order, say: Callable[[str, str], None] = lambda topic, text: None) -> dict[str, Exported]:
+def export_per_task(
+    order: ExportRequest, say: Callable[[str, str], None] = lambda topic, text: None
+) -> dict[str, Exported]:
     """Export once per task of the calibration rows, each into a folder of its name in `order.output`.
 
     Rows to compare on are those of the same task, where they have one.
@@ -151,7 +153,7 @@ def export_per_task(order: Order, say: Callable[[str, str], None] = lambda topic
     return done
 
 
-def _held_out(order: Order) -> list[Example] | None:
+def _held_out(order: ExportRequest) -> list[Example] | None:
     """Return the rows to compare on, None for the built-in texts.
 
     Raises:
@@ -192,7 +194,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"output '{output}' is not an earlier export, so it is not replaced: name another --output")
 
 
-def _refuse(target: Target, subject: Subject, order: Order) -> None:
+def _refuse(target: Target, subject: ExportCandidate, order: ExportRequest) -> None:
     reason = None
     if order.static is not None:
         reason = refuse_static(subject)
@@ -202,7 +204,7 @@ def _refuse(target: Target, subject: Subject, order: Order) -> None:
         raise UserError(f"no export of '{order.adapter}' to {target.name}: {reason}")
 
 
-def _dtype(target: Target, order: Order, base: Any) -> torch.dtype:
+def _dtype(target: Target, order: ExportRequest, base: Any) -> torch.dtype:
     if order.dtype != "auto":
         return DTYPES[order.dtype]
     if target.dtype is not None:

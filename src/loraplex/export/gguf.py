@@ -22,8 +22,8 @@ from torch import Tensor
 from loraplex.errors import UserError
 from loraplex.export.pairs import SitePair, plain_form
 from loraplex.export.peft import ranks_in_words
-from loraplex.export.subject import Subject, not_plain_lora
-from loraplex.export.target import Logits, Target, Writing
+from loraplex.export.subject import ExportCandidate, not_plain_lora
+from loraplex.export.target import Logits, Target, WriteOptions
 from loraplex.export.verification import pair_logits
 from loraplex.models.loading import load_config, load_model
 
@@ -69,7 +69,7 @@ class Place(NamedTuple):
     """Number of heads whose rows are permuted, None where the order is that of transformers."""
 
 
-def refuse(subject: Subject) -> str | None:
+def refuse(subject: ExportCandidate) -> str | None:
     """Refuse what is not plain LoRA, and models and sites that llama.cpp has no known name for."""
     if (reason := not_plain_lora(subject, "llama.cpp")) is not None:
         return reason
@@ -122,7 +122,7 @@ def unpermute(rows: Tensor, heads: int) -> Tensor:
     return undone
 
 
-def write(model: PeftModel, folder: Path, how: Writing) -> list[str]:
+def write(model: PeftModel, folder: Path, how: WriteOptions) -> list[str]:
     """Write every pair under its tensor's name, padded with zeros to one rank r, alpha = r: the scale is 1."""
     pairs = plain_form(model).pairs
     config: Any = model.get_base_model().config

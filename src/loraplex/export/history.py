@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from loraplex.training.base_model import FILE
+from loraplex.models.fingerprint import FILE
 from loraplex.training.folder import RunFolder
 
 

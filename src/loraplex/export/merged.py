@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from loraplex.errors import UserError
-from loraplex.export.subject import Subject, has_shortcuts, without_weights
-from loraplex.export.target import Logits, Target, Writing
+from loraplex.export.subject import ExportCandidate, has_shortcuts, without_weights
+from loraplex.export.target import Logits, Target, WriteOptions
 from loraplex.models.agreement import model_logits
 from loraplex.models.loading import load_model, quiet, resolve_model
 from loraplex.tuner.layer import SiteLayer
@@ -22,7 +22,7 @@ READER = "transformers"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse(subject: Subject) -> str | None:
+def refuse(subject: ExportCandidate) -> str | None:
     """Refuse what cannot be written into a weight, and quantized bases."""
     if (reason := has_shortcuts(subject)) is not None:
         return reason
@@ -36,7 +36,7 @@ def refuse(subject: Subject) -> str | None:
     return None
 
 
-def write(model: PeftModel, folder: Path, how: Writing) -> list[str]:
+def write(model: PeftModel, folder: Path, how: WriteOptions) -> list[str]:
     """Merge in float32, cast once, and write model and tokenizer.
 
     Raises:

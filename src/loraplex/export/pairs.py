@@ -12,9 +12,9 @@ from torch import Tensor
 
 from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError
+from loraplex.tuner.file_tensors import peft_tensors
 from loraplex.tuner.model import LoraplexTuner
-from loraplex.tuner.plain import plain_adapter, write_adapter
-from loraplex.tuner.saving import plain_tensors
+from loraplex.tuner.peft_format import peft_adapter, write_adapter
 
 _PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -61,7 +61,7 @@ def plain_form(model: PeftModel) -> PlainForm:
     Raises:
         UserError: when it is not one pair per site, or no rank is open.
     """
-    config, tensors = plain_adapter(model, model.active_adapter)
+    config, tensors = peft_adapter(model, model.active_adapter)
     tensors = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
     return PlainForm(config, read_pairs(tensors, lambda site: 1.0), _beside(model))
 
@@ -162,7 +162,7 @@ def every_pair(model: PeftModel) -> dict[str, SitePair]:
     """Return the pairs of the active adapter, one per site as PEFT holds it, and of its shortcuts by residual edge."""
     assert isinstance(model.base_model, LoraplexTuner)
     name = model.active_adapter
-    _, tensors = plain_tensors(model.base_model.site_layers(), name)
+    _, tensors = peft_tensors(model.base_model.site_layers(), name)
     pairs = read_pairs({key: tensor.detach().cpu() for key, tensor in tensors.items()}, lambda site: 1.0)
     for layer in model.base_model.adapter_layers(name):
         if is_edge(layer.site) and layer.adapter(name).factors.open_ranks:

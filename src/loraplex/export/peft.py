@@ -10,16 +10,16 @@ from peft import PeftModel
 from loraplex.errors import UserError
 from loraplex.export.base_lines import base_lines
 from loraplex.export.pairs import SitePair, plain_form, write_plain_form
-from loraplex.export.subject import Subject, not_one_pair
-from loraplex.export.target import Logits, Target, Writing
+from loraplex.export.subject import ExportCandidate, not_one_pair
+from loraplex.export.target import Logits, Target, WriteOptions
 from loraplex.models.loading import resolve_model
 from loraplex.models.stock_peft import stock_logits
-from loraplex.tuner.matching import module_names
+from loraplex.tuner.sites import module_names
 
 READER = "stock PEFT"
 
 
-def write(model: PeftModel, folder: Path, how: Writing) -> list[str]:
+def write(model: PeftModel, folder: Path, how: WriteOptions) -> list[str]:
     """Write every pair with its own rank, alpha = r everywhere."""
     form = plain_form(model)
     write_plain_form(folder, form, module_names(model.get_base_model()), how.dtype, resolve_model(how.base))
@@ -50,7 +50,7 @@ def snippet(folder: Path, base: str) -> str:
     return f'from peft import PeftModel\n{base_lines(base)}\nmodel = PeftModel.from_pretrained(base, ".")\n'
 
 
-def refuse(subject: Subject) -> str | None:
+def refuse(subject: ExportCandidate) -> str | None:
     """Refuse what is not one pair per site."""
     return not_one_pair(subject)
 

@@ -16,17 +16,17 @@ import torch
 from peft import PeftModel
 
 from loraplex.adapters.registry import Capability
-from loraplex.analysis.routing import measure_routing, overview
 from loraplex.data import DataOptions, Example, read_examples
 from loraplex.data.tokenization import tokenize
 from loraplex.errors import UserError
 from loraplex.evaluation import Accuracy, score_options
-from loraplex.export.subject import Subject
+from loraplex.export.subject import ExportCandidate
 from loraplex.export.verification import LONGEST
 from loraplex.models.agreement import Agreement, compare, model_logits
 from loraplex.tuner.building import build_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.routing import measure_routing, overview
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ class Approximation:
         return said
 
 
-def refuse_static(subject: Subject) -> str | None:
+def refuse_static(subject: ExportCandidate) -> str | None:
     """Return why there is no gate to fix, None where there is one."""
     if Capability.ROUTED in subject.adapter.methods[0].provides:
         return None
@@ -89,7 +89,7 @@ def static_config(config: AdapterConfig) -> AdapterConfig:
     """Return the config of the plain LoRA that fixed gates leave: the same sites and ranks, scale 1."""
     fixed = copy(config)
     fixed.adapter = AdapterConfig().adapter
-    fixed.alpha, fixed.alpha_pattern = config.r, dict(config.rank_pattern)
+    fixed.lora_alpha, fixed.alpha_pattern = config.r, dict(config.rank_pattern)
     fixed.lora_dropout, fixed.seed = 0.0, 0
     return fixed
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from peft import TaskType
 
-from loraplex.adapters.registry import Adapter, Capability, Deployed
+from loraplex.adapters.registry import Adapter, Capability, SaveFormat
 from loraplex.tuner.config import AdapterConfig
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportCandidate:
     """An adapter before it is exported, as far as it is known: sites and ranks only once they have been read."""
 
     config: AdapterConfig
@@ -28,7 +28,7 @@ class Subject:
     @property
     def adapter(self) -> Adapter:
         """The method."""
-        return self.config.typed_adapter
+        return self.config.adapter
 
     @property
     def name(self) -> str:
@@ -48,9 +48,9 @@ class Subject:
         return str(values.get("quant_method") or "an unnamed method")
 
 
-def has_shortcuts(subject: Subject) -> str | None:
+def has_shortcuts(subject: ExportCandidate) -> str | None:
     """Return why an adapter with shortcuts fits into no weight and no pair, or None where it has none."""
-    allocation = subject.config.typed_allocation
+    allocation = subject.config.allocation
     # where ranks move, only the weights tell which edges are open
     if not subject.shortcuts and (allocation.edges is None or allocation.moves_ranks):
         return None
@@ -61,7 +61,7 @@ def has_shortcuts(subject: Subject) -> str | None:
     )
 
 
-def classifies(subject: Subject) -> str | None:
+def classifies(subject: ExportCandidate) -> str | None:
     """Return why an adapter with a classification head is exported nowhere, or None for a language model's."""
     if subject.config.task_type != TaskType.SEQ_CLS:
         return None
@@ -71,17 +71,17 @@ def classifies(subject: Subject) -> str | None:
     )
 
 
-def not_one_pair(subject: Subject) -> str | None:
+def not_one_pair(subject: ExportCandidate) -> str | None:
     """Return why the adapter is not one pair (with or without a magnitude) per site, or None when it is."""
     if (reason := has_shortcuts(subject)) is not None:
         return reason
-    if subject.adapter.plain is not Deployed.OWN:
+    if subject.adapter.peft_format is not SaveFormat.OWN:
         return None
     other = "'--to merged' writes the whole model" if subject.adapter.mergeable else without_weights(subject)
     return f"the weight change of '{subject.name}' is not one fixed pair of matrices per site; {other}"
 
 
-def without_weights(subject: Subject) -> str:
+def without_weights(subject: ExportCandidate) -> str:
     """Return what can be done with an adapter whose change no weight holds."""
     if Capability.ROUTED not in subject.adapter.methods[0].provides:
         return "serve it with loraplex itself"
@@ -91,11 +91,11 @@ def without_weights(subject: Subject) -> str:
     )
 
 
-def not_plain_lora(subject: Subject, reader: str) -> str | None:
+def not_plain_lora(subject: ExportCandidate, reader: str) -> str | None:
     """Return why `reader`, which takes nothing but pairs (A, B), cannot take the adapter; None when it can."""
     if (reason := not_one_pair(subject)) is not None:
         return reason
-    if subject.adapter.plain is Deployed.DORA:
+    if subject.adapter.peft_format is SaveFormat.DORA:
         return (
             f"{reader} takes plain LoRA only, and the magnitudes of '{subject.name}' change the frozen weight in full "
             "rank: no pair of matrices is equal to it; '--to merged' writes the whole model, '--to peft' keeps it as "

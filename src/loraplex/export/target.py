@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loraplex.export.subject import Subject
+from loraplex.export.subject import ExportCandidate
 
 Logits = list[Tensor]
 """(tokens, vocabulary) of every row, in float32 on the CPU."""
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteOptions:
     """How a target writes."""
 
     base: str
@@ -32,10 +32,10 @@ class Target:
 
     name: str
     summary: str
-    refuse: Callable[[Subject], str | None]
+    refuse: Callable[[ExportCandidate], str | None]
     """Why an adapter has no exact form here, with what can be done instead; None when it has one. Asked twice: before
     the weights are read, and with the sites and their ranks."""
-    write: Callable[[PeftModel, Path, Writing], list[str]]
+    write: Callable[[PeftModel, Path, WriteOptions], list[str]]
     """Write the result into an empty folder and return sentences about what it is. The model, in float32, may be used
     up."""
     reload: Callable[[Path, str, Sequence[Sequence[int]]], dict[str, Logits]]

@@ -11,16 +11,16 @@ from loraplex.export import peft
 from loraplex.export.base_lines import is_embedded
 from loraplex.export.engine import RANKS, engine_rank, read_as_engine
 from loraplex.export.pairs import PlainForm, plain_form, write_plain_form
-from loraplex.export.subject import Subject, not_plain_lora
-from loraplex.export.target import Logits, Target, Writing
+from loraplex.export.subject import ExportCandidate, not_plain_lora
+from loraplex.export.target import Logits, Target, WriteOptions
 from loraplex.export.verification import pair_logits
 from loraplex.models.loading import load_model, resolve_model
-from loraplex.tuner.matching import module_names
+from loraplex.tuner.sites import module_names
 
 READER = "the engines' reading rule"
 
 
-def refuse(subject: Subject) -> str | None:
+def refuse(subject: ExportCandidate) -> str | None:
     """Refuse what is not plain LoRA, and ranks beyond the engines' largest."""
     if (reason := not_plain_lora(subject, "vLLM")) is not None:
         return reason
@@ -30,7 +30,7 @@ def refuse(subject: Subject) -> str | None:
     return None
 
 
-def write(model: PeftModel, folder: Path, how: Writing) -> list[str]:
+def write(model: PeftModel, folder: Path, how: WriteOptions) -> list[str]:
     """Fold all scaling into B, pad every site with zeros to one rank, write alpha = r and no patterns."""
     form = plain_form(model)
     rank = engine_rank(max(pair.rank for pair in form.pairs.values()))

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from loraplex.compat.transformers import sdpa_attention_forward, sdpa_mask
 from loraplex.errors import UserError
 from loraplex.kernels.sequence_attention import LONGEST, sequence_attention
 

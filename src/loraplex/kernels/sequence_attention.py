@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from loraplex.compat.torch import once_differentiable, softmax_backward
 from loraplex.kernels.autocast import autocast_dtype
 
 LONGEST = 1024
@@ -70,7 +70,7 @@ class _SequenceAttention(torch.autograd.Function):
             do = _grouped(upstream.transpose(1, 2), part, groups)
             p = next(probabilities) if length <= _KEPT else _probabilities(q, k, length, scale).to(v.dtype)
             dv[0, part].copy_(torch.bmm(p.mT, do).transpose(0, 1))
-            ds = torch._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)
+            ds = softmax_backward(torch.bmm(do, v.mT), p, -1, p.dtype)
             _ungrouped(dq, part, groups).copy_(torch.bmm(ds, k).mul_(scale).view(groups, -1, length, q.shape[-1]))
             dk[0, part].copy_(torch.bmm(ds.mT, q).mul_(scale).transpose(0, 1))
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None

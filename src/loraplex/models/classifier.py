@@ -7,10 +7,10 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from loraplex.compat.peft import SEQ_CLS_HEAD_NAMES
 from loraplex.errors import UserError
 from loraplex.models.loading import DType, load_pretrained, load_tokenizer
 

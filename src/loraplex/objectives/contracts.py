@@ -10,7 +10,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,23 @@ class ObjectiveInit:
     """False asks for an initialization that acts visibly, for tests."""
 
 
+class ObjectiveOptions(Protocol):
+    """Options of an objective: they say what a step costs, and build the objective."""
+
+    @property
+    def passes(self) -> float:
+        """How many passes over a batch a step computes on average; the plain loss computes one."""
+
+    @property
+    def most_passes(self) -> float:
+        """How many passes a step computes at most: what memory is planned by."""
+
+    def build(self, init: ObjectiveInit) -> Objective | None:
+        """Return the objective for an adapter that has just been injected, None where the trainer's loss is enough."""
+
+
 @dataclass(frozen=True)
-class Again:
+class SecondPass:
     """A second forward pass over some sequences of a batch, from their first position of interest to their last."""
 
     tokens: int
@@ -81,7 +96,7 @@ class Batch(ABC):
     """How many sequences there are."""
     real: Tensor
     """(N,) false for padding."""
-    answer: Tensor
+    is_target: Tensor
     """(N,) whether a token is learned: its label is not ignored."""
     rows: Tensor
     """(n,) positions in the row of N that predict a learned token, rising."""
@@ -100,7 +115,7 @@ class Batch(ABC):
         """
 
     @abstractmethod
-    def again(self, sequences: Tensor, *, in_full: bool = False) -> Again:
+    def second_pass(self, sequences: Tensor, *, in_full: bool = False) -> SecondPass:
         """Return how to run the backbone a second time for the chosen `sequences` (sequences,), true or false.
 
         The second pass may differ from the first at `rows` and after them only. Where the first pass was kept, nothing

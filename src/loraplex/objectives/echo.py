@@ -24,21 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.contracts import Rate, SiteAdapter
-from loraplex.adapters.registry import REGISTRY, Axis, Capability, Deployed, Method
+from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, SaveFormat
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Weights
 from loraplex.models.blocks import Blocks, find_blocks
-from loraplex.objectives.contracts import Again, Batch, Means, Objective, ObjectiveInit, Outcome
+from loraplex.objectives.contracts import Batch, Means, Objective, ObjectiveInit, Outcome, SecondPass
 from loraplex.objectives.echo_networks import EchoNetworks, seeded
 from loraplex.objectives.echo_options import EchoOptions
-from loraplex.objectives.passes import Pass, Port, Stage, carry_through_checkpoints, stop_carrying
+from loraplex.objectives.passes import Pass, PassContext, SiteInjector, carry_through_checkpoints, stop_carrying
 from loraplex.objectives.pooling import Pool
 
 _OWNER = "the objective 'echo'"
 
 
 @dataclass(frozen=True)
-class Echo(EchoOptions):
+class EchoLoRA(EchoOptions):
     """Options of the objective; see `EchoOptions` for the fields."""
 
     def build(self, init: ObjectiveInit) -> EchoObjective:
@@ -49,13 +49,13 @@ class Echo(EchoOptions):
 class EchoObjective(Objective):
     """The networks, the draws and the two passes; see the file's head."""
 
-    def __init__(self, init: ObjectiveInit, options: Echo) -> None:
+    def __init__(self, init: ObjectiveInit, options: EchoLoRA) -> None:
         super().__init__(init.seed)
         self.options = options
         blocks = find_blocks(init.model, init.sites)
         self.boundaries = _boundaries(options, blocks)
         self.targets = _targets(options, blocks)
-        self.stage = Stage(_OWNER)
+        self.stage = PassContext(_OWNER)
         self.means = Means()
         self.networks: EchoNetworks | None = None
         # in lists: their owner is the base model
@@ -82,12 +82,16 @@ class EchoObjective(Objective):
     def attach(self, model: nn.Module, sites: Mapping[str, SiteAdapter]) -> None:
         """Let the sites take input, and refuse training forwards that bring none."""
         for name, adapter in sites.items():
-            adapter.input = Port(self.stage, name)
+            adapter.input = SiteInjector(self.stage, name)
 
     def detach(self, model: nn.Module) -> None:
         """Let go of the sites and of the checkpoint functions."""
         for module in model.modules():
-            if isinstance(module, SiteAdapter) and isinstance(module.input, Port) and module.input.stage is self.stage:
+            if (
+                isinstance(module, SiteAdapter)
+                and isinstance(module.input, SiteInjector)
+                and module.input.stage is self.stage
+            ):
                 module.input = None
         stop_carrying(model, self.stage)
 
@@ -113,7 +117,7 @@ class EchoObjective(Objective):
             off = batch.hidden(keep=routed is not None and self.options.second_pass == "auto")
         if routed is None:
             return self._one_pass(batch, off)
-        again = batch.again(routed, in_full=self.options.second_pass == "full")
+        again = batch.second_pass(routed, in_full=self.options.second_pass == "full")
         self.means.add("computed_again", torch.tensor(again.tokens / len(batch.sequence)))
         with self.stage.running(self._injecting(batch, pool, again)):
             on = again.hidden()
@@ -150,7 +154,7 @@ class EchoObjective(Objective):
             torch.cat([both.top, top])[order],
         )
 
-    def _injecting(self, batch: Batch, pool: Pool, again: Again) -> Pass:
+    def _injecting(self, batch: Batch, pool: Pool, again: SecondPass) -> Pass:
         """Return the second pass: what every target gets, and where."""
         signal = self._signal(batch, pool)
         if signal is None or self.networks is None:
@@ -280,7 +284,7 @@ class EchoObjective(Objective):
             self.means.take()
 
 
-def _boundaries(options: Echo, blocks: Blocks) -> tuple[int, ...]:
+def _boundaries(options: EchoLoRA, blocks: Blocks) -> tuple[int, ...]:
     """Return the boundaries that are pooled: boundary s is the residual stream after s blocks."""
     count = len(blocks.modules)
     if isinstance(options.sources, int):
@@ -296,7 +300,7 @@ def _boundaries(options: Echo, blocks: Blocks) -> tuple[int, ...]:
     return options.sources
 
 
-def _targets(options: Echo, blocks: Blocks) -> tuple[str, ...]:
+def _targets(options: EchoLoRA, blocks: Blocks) -> tuple[str, ...]:
     """Return the sites that get the echo."""
     count = len(blocks.modules)
     wanted = tuple(range(count // 3)) if options.targets is None else options.targets
@@ -313,12 +317,12 @@ REGISTRY.add(
     Method(
         name="echo",
         axis=Axis.OBJECTIVE,
-        options=Echo,
+        options=EchoLoRA,
         summary="deep states of a first pass injected into shallow adapters of a second, gone after training",
         paper="arXiv 2605.08177",
         parameters="0; while training d·b + Σ(r·b + b + 1) + sources + d",
         needs=frozenset({Capability.RANK_INPUT}),
-        deployed=Deployed.OWN,
+        save_format=SaveFormat.OWN,
         only_peft_model="the two passes of its objective are run by PEFT's tuner",
     )
 )

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, SiteAdapter, SiteInput
+from loraplex.compat.transformers import checkpoint_function, set_checkpoint_function
 from loraplex.errors import UserError
 from loraplex.objectives.contracts import refuse_compiling
 from loraplex.processes import several_processes
-
-_FUNCTION = "_gradient_checkpointing_func"
-"""Attribute of a transformers module: the function that runs its forward under a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Pass:
 
 
 @dataclass
-class Stage:
+class PassContext:
     """Holds the pass that is running, None between passes."""
 
     owner: str
@@ -57,10 +55,10 @@ class Stage:
 
 
 @dataclass
-class Port(SiteInput):
+class SiteInjector(SiteInput):
     """What a site takes from the pass that is running; a training forward outside of any is an error."""
 
-    stage: Stage
+    stage: PassContext
     site: str
 
     def change(self, y: Tensor, dropped: Tensor, adapter: SiteAdapter, base: BaseWeight) -> Tensor:
@@ -95,24 +93,25 @@ class Port(SiteInput):
             )
         values, sample = values.to(y.device), current.sample.to(y.device)
         if current.form == "additive":
-            change = adapter.combine.from_ranks(values, base, adapter.factors)[sample]
+            change = adapter.combine.project_up(values, base, adapter.factors)[sample]
         elif current.form == "multiplicative":
             a, _ = adapter.factors.rank_space()
             low = F.linear(dropped.reshape(-1, dropped.shape[-1])[rows].to(a.dtype), a)
-            change = adapter.combine.from_ranks(low * values[sample], base, adapter.factors)
+            change = adapter.combine.project_up(low * values[sample], base, adapter.factors)
         else:
             change = values[sample]
         return flat.index_add(0, rows, change.to(y.dtype)).view(y.shape)
 
 
 @dataclass
-class _Carrying:
+class CheckpointWrapper:
     """A checkpoint function under which a block runs again in the pass in which it ran first."""
 
     function: Callable[..., Any]
-    stage: Stage
+    stage: PassContext
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block under its own checkpoint function; when it runs again, it does so in the same pass."""
         current, reentrant = self.stage.current, False
 
         def again(*inner: Any, **options: Any) -> Any:
@@ -128,7 +127,7 @@ class _Carrying:
         return self.function(again, *args, **kwargs)
 
 
-def carry_through_checkpoints(model: nn.Module, stage: Stage) -> None:
+def carry_through_checkpoints(model: nn.Module, stage: PassContext) -> None:
     """Let every block that is checkpointed now run again in its own pass.
 
     transformers checkpoints a block's forward, outside of which its hooks are: they do not run again with it.
@@ -138,27 +137,27 @@ def carry_through_checkpoints(model: nn.Module, stage: Stage) -> None:
             passes would bring it twice.
     """
     for module in model.modules():
-        function = module.__dict__.get(_FUNCTION)
-        if isinstance(function, _Carrying) and function.stage is not stage:
+        function = checkpoint_function(module)
+        if isinstance(function, CheckpointWrapper) and function.stage is not stage:
             # of another adapter's objective
             function = function.function
-        if function is None or isinstance(function, _Carrying):
+        if function is None or isinstance(function, CheckpointWrapper):
             continue
         if several_processes() and _is_reentrant(function):
             raise UserError(
                 f"{stage.owner} cannot train under reentrant checkpoints in several processes: set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        setattr(module, _FUNCTION, _Carrying(function, stage))
+        set_checkpoint_function(module, CheckpointWrapper(function, stage))
 
 
 def _is_reentrant(function: Callable[..., Any]) -> bool:
     return bool(getattr(function, "keywords", {}).get("use_reentrant"))
 
 
-def stop_carrying(model: nn.Module, stage: Stage) -> None:
+def stop_carrying(model: nn.Module, stage: PassContext) -> None:
     """Give the blocks that carry `stage` their own checkpoint functions back."""
     for module in model.modules():
-        function = module.__dict__.get(_FUNCTION)
-        if isinstance(function, _Carrying) and function.stage is stage:
-            setattr(module, _FUNCTION, function.function)
+        function = checkpoint_function(module)
+        if isinstance(function, CheckpointWrapper) and function.stage is stage:
+            set_checkpoint_function(module, function.function)

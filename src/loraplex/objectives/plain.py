@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraplex.adapters.registry import REGISTRY, Axis, Deployed, Method
+from loraplex.adapters.registry import REGISTRY, Axis, Method, SaveFormat
 from loraplex.objectives.contracts import ObjectiveInit
 
 
@@ -27,6 +27,7 @@ REGISTRY.add(
         summary="the trainer's own loss",
         paper="–",
         parameters="–",
-        deployed=Deployed.LORA,
+        save_format=SaveFormat.LORA,
+        default=True,
     )
 )

@@ -25,11 +25,11 @@ def pooled_tokens(batch: Batch, pool: str) -> Tensor:
     if pool == "all":
         return batch.real
     if pool == "answer":
-        return batch.answer & batch.real
+        return batch.is_target & batch.real
     tokens = len(batch.sequence)
     place = torch.arange(tokens, device=batch.sequence.device)
     first = place.new_full((batch.sequences,), tokens).scatter_reduce(
-        0, batch.sequence, place.where(batch.answer, place.new_tensor(tokens)), "amin"
+        0, batch.sequence, place.where(batch.is_target, place.new_tensor(tokens)), "amin"
     )
     prompt = batch.real & (place < first[batch.sequence])
     if pool == "prompt":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from trl.trainer.sft_config import SFTConfig
+from trl import SFTConfig  # type: ignore[attr-defined]
 
 from loraplex.errors import UserError, nearest
 from loraplex.training.recipe import Recipe

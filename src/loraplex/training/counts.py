@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from loraplex.allocation.plan import Plan
+from loraplex.compat.peft import BaseTunerLayer
 from loraplex.training.preparation import Rows, head_size
 from loraplex.training.stock import allocates
 from loraplex.tuner.counting import count_parameters

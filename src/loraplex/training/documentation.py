@@ -12,7 +12,7 @@ import loraplex
 from loraplex.training.recipe import Recipe
 
 # Read as text: importing it costs seconds of peft and torch, too much for a help page.
-ADAPTER_SOURCE = Path(loraplex.__file__).parent / "tuner" / "config.py"
+ADAPTER_SOURCE = Path(loraplex.__file__).parent / "tuner" / "options.py"
 # Set by a training run itself.
 NOT_IN_RECIPES = {"task_type", "inference_mode"}
 
@@ -53,7 +53,7 @@ def recipe_keys() -> list[Key]:
 
 def adapter_keys() -> list[Key]:
     """Return the keys of the adapter section: the fields that AdapterConfig itself declares."""
-    keys = documented_fields(ADAPTER_SOURCE.read_text(encoding="utf-8"), "AdapterConfig", "adapter")
+    keys = documented_fields(ADAPTER_SOURCE.read_text(encoding="utf-8"), "AdapterOptions", "adapter")
     return [key for key in keys if key.path.removeprefix("adapter.") not in NOT_IN_RECIPES]
 
 
@@ -98,6 +98,8 @@ def _comment_above(lines: list[str], number: int) -> str:
 def _default(value: ast.expr | None) -> str:
     """Return the source of a field's default; `field(default=8)` is "8", a factory is the empty value it makes."""
     if value is None:
+        return ""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "Typed":
         return ""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         given = {keyword.arg: keyword.value for keyword in value.keywords}

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from loraplex.batch_loss.packing import unsupported
 from loraplex.data import ClassRows, Tokenized
 from loraplex.errors import UserError
 from loraplex.models.loading import resolve_model
@@ -30,7 +31,6 @@ from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.counting import count_parameters
 from loraplex.tuner.layer import AdapterLayer, SiteLayer
-from loraplex.tuner.packing import unsupported
 
 _Layer = TypeVar("_Layer", bound=AdapterLayer)
 
@@ -213,7 +213,7 @@ def _memory(recipe: Recipe, model: PeftModel, config: PretrainedConfig, batches:
     everything = {id(p): p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())}
     state = next((size for name, size in OPTIMIZER_STATE.items() if recipe.training.optimizer.startswith(name)), 2.0)
     text = config.get_text_config()
-    passes = adapter_config(recipe).typed_objective.most_passes  # type: ignore[attr-defined]
+    passes = adapter_config(recipe).objective.most_passes  # type: ignore[attr-defined]
     activations = int(passes * text.num_hidden_layers * block.kept)
     if recipe.training.gradient_checkpointing:
         # The input of every block, and one block in full while it is gone through again.
@@ -243,7 +243,7 @@ def _seconds(
     head: float = FROZEN_FLOPS * _outputs(recipe, text) * text.hidden_size * learned * batches.rows
     again = 4 / 3 if recipe.training.gradient_checkpointing else 1.0
     one_pass = blocks * per_token * batches.mean_tokens * again + head * per_token / flops_per_block
-    passes: float = adapter_config(recipe).typed_objective.passes  # type: ignore[attr-defined]
+    passes: float = adapter_config(recipe).objective.passes  # type: ignore[attr-defined]
     return one_pass * passes * batches.per_step * batches.steps
 
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from loraplex.compat.torch import FlopCounterMode
 from loraplex.training.trainer import WatchedTrainer
 from loraplex.tuner.model import tuners_in
 

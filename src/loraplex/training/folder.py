@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import UserError
-from loraplex.training.reading import read_recipe, recipe_to_yaml
+from loraplex.training.reading import read_recipe, recipe_to_dict, recipe_to_yaml
 from loraplex.training.recipe import Recipe
 
 # Written into a checkpoint when everything else is on disk: {file: size in bytes}.
@@ -30,7 +29,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
         self.recipe = self.path / "recipe.yaml"
-        self.settled = self.path / "settled.json"
+        self.decided = self.path / "decided.json"
         self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.json"
         self.environment = self.path / "environment.json"
@@ -47,7 +46,7 @@ class RunFolder:
             self.checkpoints,
             self.evaluation,
             self.recipe,
-            self.settled,
+            self.decided,
             self.plan,
             self.metrics,
             self.environment,
@@ -83,7 +82,7 @@ class RunFolder:
     def _check_same(self, recipe: Recipe) -> None:
         if self.metrics.is_file():
             raise UserError(f"the run in '{self.path}' is finished: --overwrite trains it again")
-        before, now = _leaves(_plain(read_recipe(self.recipe))), _leaves(_plain(recipe))
+        before, now = _leaves(recipe_to_dict(read_recipe(self.recipe))), _leaves(recipe_to_dict(recipe))
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key) and not key.startswith(NOT_TRAINED_ON):
                 raise UserError(
@@ -164,11 +163,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _plain(recipe: Recipe) -> Any:
-    """Return the recipe as JSON would hold it: tuples and lists are the same."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:

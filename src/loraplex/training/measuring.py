@@ -89,7 +89,7 @@ def measure(
     kind = kind_of(examples, options)
     if kind == "mixed":
         return _measure_mixed(model, tokenizer, examples, options, progress)
-    size = options.items_at_once
+    size = options.batch_size
     extra: dict[str, Any]
     if kind == "choices":
         scores = score_options(
@@ -119,7 +119,7 @@ def _measure_classes(
 ) -> Measured:
     if options.kind not in ("auto", "choices"):
         raise UserError(f"evaluation.kind is '{options.kind}', but the model has a classification head: leave it out")
-    scores = score_classes(model, tokenizer, examples, classes, batch_size=options.items_at_once, progress=progress)
+    scores = score_classes(model, tokenizer, examples, classes, batch_size=options.batch_size, progress=progress)
     return Measured(_summary("classes", scores.accuracies(), examples, {"f1": scores.f1()}), scores.records())
 
 
@@ -139,7 +139,7 @@ def _measure_mixed(
     found = measure(model, tokenizer, with_choices, replace(options, kind="choices"), progress)
     if not others:
         return found
-    scores = score_answer_loss(model, tokenizer, others, batch_size=options.items_at_once, progress=progress)
+    scores = score_answer_loss(model, tokenizer, others, batch_size=options.batch_size, progress=progress)
     per_task = {task: asdict(loss) for task, loss in scores.per_task.items()}
     loss = {**asdict(scores.overall), "per_task": per_task}
     return Measured({**found.summary, "kind": "mixed", "answer_loss": loss}, found.records + scores.records())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,20 @@ from transformers import (
     set_seed,
 )
 
-from loraplex.adapters.contracts import Settled, SettlesFromData
-from loraplex.adapters.registry import Adapter, Deployed
+from loraplex.adapters.contracts import Resolved, ResolvesFromData
+from loraplex.adapters.registry import Adapter, SaveFormat, describe_member
+from loraplex.batch_loss.labeled import IGNORED
 from loraplex.data import ClassRows, Example, Tokenized, read_examples, tokenize_once, tokenize_texts
 from loraplex.errors import UserError
 from loraplex.methods import REGISTRY
 from loraplex.models.classifier import HEADS, classifier_from_config, load_classifier
 from loraplex.models.loading import load_model
 from loraplex.training.arguments import trainer_arguments
-from loraplex.training.documentation import adapter_keys
 from loraplex.training.grouping import of_one_group
 from loraplex.training.recipe import Recipe
 from loraplex.training.stock import Allocating, allocates, stock_config
 from loraplex.training.trainer import ClassifierTrainer, FiniteWatch, RunTrainer, Sealing, WatchedTrainer
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.labeled import IGNORED
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,30 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
     task_type = "SEQ_CLS" if recipe.model.classifies else "CAUSAL_LM"
     if recipe.peft:
         return stock_config(recipe.peft, recipe.training.max_steps, task_type)
-    config = AdapterConfig(**_adapter_section(recipe), task_type=task_type)
+    given = recipe.adapter or AdapterConfig()
+    targets = "all-linear" if given.target_modules is None else given.target_modules
+    seed = recipe.seed if given.seed is None else given.seed
+    config = replace(given, target_modules=targets, seed=seed, task_type=task_type)
     # one that is attached while training, and so a language model's
-    if recipe.model.classifies and REGISTRY.of_options(config.typed_objective).deployed is Deployed.OWN:
+    if recipe.model.classifies and REGISTRY.of_options(config.objective).save_format is SaveFormat.OWN:
         raise UserError(
-            f"objective {config.objective!r} computes the loss of tokens, model.head classification has the loss of "
-            "classes: leave adapter.objective out"
+            f"objective {describe_member(config.objective)!r} computes the loss of tokens, model.head classification "
+            "has the loss of classes: leave adapter.objective out"
         )
     return config
 
 
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with every field of the adapter section spelled out."""
-    names = {key.path.removeprefix("adapter.") for key in adapter_keys()}
     config = adapter_config(recipe)
     if not isinstance(config, AdapterConfig):
         return recipe
-    written: dict[str, Any] = {}
-    for entry in fields(AdapterConfig):
-        if entry.name in names:
-            value = getattr(config, entry.name)
-            written[entry.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
     # Still the recipe's own seed, so that --seed changes it in the resolved recipe too.
-    written["seed"] = recipe.adapter.get("seed")
-    return replace(recipe, adapter=written)
+    seed = recipe.adapter.seed if recipe.adapter is not None else None
+    return replace(recipe, adapter=replace(config, seed=seed, task_type=None))
 
 
-def settle(recipe: Recipe) -> tuple[Recipe, list[Settled]]:
+def resolve_from_data(recipe: Recipe) -> tuple[Recipe, list[Resolved]]:
     """Return the recipe with the adapter options decided that are left to the training rows, and how that went.
 
     The rows are read only where an option is open; those held out for validation have no part in it. A plan that the
@@ -92,12 +88,9 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[Settled]]:
     Raises:
         UserError: for data that are missing, broken, or too few to decide by.
     """
-    config = adapter_config(recipe)
-    if not isinstance(config, AdapterConfig):
+    if recipe.peft or recipe.adapter is None:
         return recipe, []
-    if config.typed_allocation.given is not None:
-        recipe = replace(recipe, adapter={**recipe.adapter, "allocation": config.allocation})
-    adapter, decided = config.typed_adapter, []
+    adapter, decided = recipe.adapter.adapter, []
     parts = {"factors": adapter.factors, "combine": adapter.combine}
 
     @functools.cache
@@ -105,17 +98,13 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[Settled]]:
         return [example.asked for example in training_examples(recipe)[0]]
 
     for name, options in parts.items():
-        if isinstance(options, SettlesFromData) and (found := options.settle(texts, recipe.data.seed)) is not None:
+        found = options.resolve_from_data(texts, recipe.data.seed) if isinstance(options, ResolvesFromData) else None
+        if found is not None:
             parts[name] = found.options
             decided.append(found)
     if not decided:
         return recipe, []
-    return replace(recipe, adapter={**recipe.adapter, "adapter": Adapter(**parts).describe()}), decided
-
-
-def _adapter_section(recipe: Recipe) -> dict[str, Any]:
-    given = {name: value for name, value in recipe.adapter.items() if value is not None}
-    return {"target_modules": "all-linear", "seed": recipe.seed, **given}
+    return replace(recipe, adapter=replace(recipe.adapter, adapter=Adapter(**parts))), decided
 
 
 def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:

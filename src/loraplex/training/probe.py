@@ -17,12 +17,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig
-from trl.trainer.utils import add_fused_lm_head
 
-from loraplex.cache import nothing_kept
+from loraplex.batch_loss.labeled import IGNORED
+from loraplex.cache import cache_disabled
+from loraplex.compat.trl import put_fused_head
 from loraplex.training.preparation import adapter_config, add_adapter, random_base
 from loraplex.training.recipe import Recipe
-from loraplex.tuner.labeled import IGNORED
+from loraplex.tuner.config import AdapterConfig
 
 # The smallest vocabulary that holds the tokens of the probe: the head is reckoned by itself.
 VOCABULARY = 8
@@ -56,21 +57,24 @@ def measure_block(
     recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, kinds: list[str], lengths: Sequence[int]
 ) -> BlockCost:
     """Return the cost of one block with adapters on its modules `kinds`, for a batch of rows of these lengths."""
-    section = {key: value for key, value in recipe.adapter.items() if key not in WHOLE_MODEL_KEYS}
-    planned = adapter_config(recipe).typed_allocation.given  # type: ignore[attr-defined]
+    standard = AdapterConfig()
+    whole = {name: getattr(standard, name) for name in WHOLE_MODEL_KEYS}
+    planned = adapter_config(recipe).allocation.given  # type: ignore[attr-defined]
     if planned is not None:
         # its sites are those of the whole model; here a block has all kinds, at their mean rank
-        section = {key: value for key, value in section.items() if key != "allocation"}
-        section["r"] = math.ceil(sum(planned.ranks.values()) / len(planned.adapted))
-    recipe = replace(recipe, adapter={**section, "target_modules": kinds})
+        whole |= {
+            "allocation": standard.allocation,
+            "r": math.ceil(sum(planned.ranks.values()) / len(planned.adapted)),
+        }
+    recipe = replace(recipe, adapter=replace(recipe.adapter or standard, **whole, target_modules=kinds))
     seconds, kept = [], []
     for blocks in (1, 2):
         base = random_base(recipe, _shortened(config, blocks), dtype)
         torch.nn.Module.to(base, "cuda" if torch.cuda.is_available() else "cpu")
         if not recipe.model.classifies:
             # What SFTTrainer does to a model.
-            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-        with nothing_kept():
+            put_fused_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        with cache_disabled():
             model = add_adapter(recipe, base).train()
         run = partial(_run, model, lengths, recipe.model.classifies)
         kept.append(run()[1])

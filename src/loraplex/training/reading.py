@@ -78,15 +78,23 @@ def recipe_from_mapping(
     for path, value in given:
         flat = {kept: entry for kept, entry in flat.items() if not kept.startswith(path + ".")}
         flat[path] = (value, f"--{path}")
-    recipe = _validate(flat, source)
-    _check_adapter(recipe.adapter, flat)
-    return recipe
+    return _typed(_validate(flat, source), flat)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return YAML that `read_recipe` reads back to an equal recipe, every key spelled out."""
-    plain = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as JSON would hold it, every key spelled out; `recipe_from_mapping` reads it back."""
+    values = {entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(recipe)}
+    plain = {name: dataclasses.asdict(value) if name in SECTIONS else value for name, value in values.items()}
+    if recipe.adapter is not None:
+        given = recipe.adapter.to_dict()
+        plain["adapter"] = {name: given[name] for name in recipe.adapter.own_fields()}
+    found: dict[str, Any] = json.loads(json.dumps(plain, default=sorted))
+    return found
 
 
 def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
@@ -231,17 +239,22 @@ def _expected(message: str) -> str:
     return message.removeprefix("Input should be ").removeprefix("Value error, ")
 
 
-def _check_adapter(section: Mapping[str, Any], flat: Mapping[str, tuple[Any, str]]) -> None:
-    """Check the types of the adapter section against AdapterConfig's own annotations."""
+def _typed(recipe: Recipe, flat: Mapping[str, tuple[Any, str]]) -> Recipe:
+    """Return the recipe with its adapter section as an `AdapterConfig`, the types of its fields checked."""
+    section: Any = recipe.adapter
     if not section:
-        return
+        return dataclasses.replace(recipe, adapter=None)
     from loraplex.tuner.config import AdapterConfig
 
     hints = typing.get_type_hints(AdapterConfig, include_extras=True)
     for name, value in section.items():
+        if name in ("adapter", "allocation", "objective"):
+            # names and mappings of options, which the methods check themselves
+            continue
         label = flat.get(f"adapter.{name}", (None, f"adapter.{name}"))[1]
         try:
             TypeAdapter(hints[name]).validate_json(json.dumps(value, default=str), strict=True)
         except ValidationError as failure:
             expected = dict.fromkeys(_expected(error["msg"]) for error in failure.errors(include_url=False))
             raise UserError(f"{label} is {value!r}, expected {' or '.join(expected)}.") from failure
+    return dataclasses.replace(recipe, adapter=AdapterConfig(**section))

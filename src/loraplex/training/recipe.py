@@ -1,18 +1,23 @@
 """The recipe: what to train, on what, how and where to, as frozen dataclasses. One doc line per field.
 
-The `adapter` section is the one exception: its keys are the fields of `AdapterConfig`, see `adapter_section`.
+The `adapter` section is an `AdapterConfig`, whose own fields are its keys.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from loraplex.data import DataOptions
 from loraplex.errors import UserError
+
+if TYPE_CHECKING:
+    from loraplex.tuner.config import AdapterConfig
+else:
+    # pydantic looks at the types; this one costs torch, which no help page needs, and is checked where it is made
+    AdapterConfig = Any
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -113,7 +118,7 @@ class EvaluationOptions:
     """Which rows: the test rows, or the training rows held out as `training.validation_rows`."""
     before: bool = True
     """Measure the base model too, unless its head is fresh."""
-    items_at_once: Count = 16
+    batch_size: Count = 16
     """Test rows per forward pass."""
     max_new_tokens: Count | None = None
     """Tokens to generate per test row at most; unset, a little more than the longest right answer."""
@@ -129,8 +134,9 @@ class Recipe:
     """What to train and test on."""
     model: ModelOptions = ModelOptions()
     """The frozen base model."""
-    adapter: dict[str, Any] = field(default_factory=dict)
-    """Fields of loraplex.AdapterConfig by name; `adapter: dora` is short for `adapter: {adapter: dora}`."""
+    adapter: AdapterConfig | None = None
+    """Fields of loraplex.AdapterConfig by name; `adapter: dora` is short for `adapter: {adapter: dora}`. Without
+    target_modules all linear layers are adapted; without a seed the adapter has the recipe's."""
     peft: dict[str, Any] = field(default_factory=dict)
     """A configuration of stock PEFT instead of `adapter`, by its own names: {peft_type: LORA, r: 8}."""
     training: TrainingOptions = TrainingOptions()
@@ -145,8 +151,7 @@ class Recipe:
         """What is trained, in a few words."""
         if self.peft:
             return f"PEFT {str(self.peft.get('peft_type', '')).upper()}"
-        name = self.adapter.get("adapter", "lora")
-        return name if isinstance(name, str) else json.dumps(name)
+        return "LoRA" if self.adapter is None else self.adapter.adapter.name
 
     @property
     def classes(self) -> tuple[str, ...]:

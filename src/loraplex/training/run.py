@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from loraplex.adapters.contracts import Settled
+    from loraplex.adapters.contracts import Resolved
     from loraplex.allocation.plan import Plan
-    from loraplex.analysis.routing import RoutingWatch
     from loraplex.training.measuring import Measured
     from loraplex.training.preparation import Rows
     from loraplex.training.trainer import WatchedTrainer
+    from loraplex.tuner.routing import RoutingWatch
 
 
 @dataclass(frozen=True)
@@ -95,41 +95,41 @@ def train(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from loraplex.training import preparation
 
-    recipe, settled = _settle(preparation.resolve(recipe), resume, overwrite, say)
+    recipe, decided = _resolve(preparation.resolve(recipe), resume, overwrite, say)
     run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
     loaded = _load(run)
     run.folder.open(recipe, resume=resume)
-    if settled:
-        write_json(run.folder.settled, [choice.evidence for choice in settled])
+    if decided:
+        write_json(run.folder.decided, [choice.evidence for choice in decided])
     metrics = _train_and_measure(run, loaded, resume, count_flops)
     _write_reports(run, metrics)
     return RunResult(run.folder.path, run.folder.adapter, metrics)
 
 
-def _settle(
+def _resolve(
     recipe: Recipe, resume: bool, overwrite: bool, say: Callable[[str, str], None]
-) -> tuple[Recipe, list[Settled]]:
+) -> tuple[Recipe, list[Resolved]]:
     """Check the folder, and return the recipe with what is left to the training rows decided, and how that went."""
     from loraplex.training import preparation
 
     folder = RunFolder(recipe.output)
     if not resume:
         folder.check(recipe, resume=resume, overwrite=overwrite)
-    recipe, settled = preparation.settle(recipe)
-    for choice in settled:
-        say("settled", choice.summary)
-    # What is resumed has the recipe that the rows have settled.
+    recipe, decided = preparation.resolve_from_data(recipe)
+    for choice in decided:
+        say("decided", choice.summary)
+    # What is resumed has the recipe that the rows have decided.
     if resume:
         folder.check(recipe, resume=resume, overwrite=overwrite)
-    return recipe, settled
+    return recipe, decided
 
 
 def _load(run: _Run) -> _Loaded:
     """Read the rows, load the model, add the adapter and build the trainer."""
+    from loraplex.models.fingerprint import describe_base
     from loraplex.models.loading import load_tokenizer
     from loraplex.training import preparation
     from loraplex.training.arguments import trainer_arguments
-    from loraplex.training.base_model import describe_base
     from loraplex.training.counts import rows_line
     from loraplex.training.memory import start_peak
 
@@ -198,7 +198,7 @@ def _fit(run: _Run, trainer: WatchedTrainer, resume: bool) -> dict[str, Any]:
     from loraplex.training.memory import peak
     from loraplex.training.report import split_history
     from loraplex.training.trainer import Clock, DivergedError, Interruption, ProgressBar, TrainingInterrupted
-    from loraplex.tuner.allocation_callback import decisions
+    from loraplex.training_hooks.allocation_in_trainer import decisions
 
     checkpoint = run.folder.last_checkpoint() if resume else None
     if checkpoint is not None and _is_last(checkpoint):
@@ -302,7 +302,7 @@ def _measure(run: _Run, when: str, model: PeftModel, loaded: _Loaded) -> Measure
 
 def _watch_routing(trainer: WatchedTrainer) -> RoutingWatch:
     """Let the trainer log the gates of a routed adapter; one that routes nothing has nothing to watch."""
-    from loraplex.analysis.routing import RoutingWatch
+    from loraplex.tuner.routing import RoutingWatch
 
     watch = RoutingWatch(trainer.accelerator.unwrap_model(trainer.model))
     trainer.routing = watch if watch.records else None
@@ -311,7 +311,7 @@ def _watch_routing(trainer: WatchedTrainer) -> RoutingWatch:
 
 def _write_routing(run: _Run, model: PeftModel, loaded: _Loaded) -> dict[str, float] | None:
     """Write how the finished adapter routes its rows and return the overview; None where it routes nothing."""
-    from loraplex.training.routing import routed_rows, write_routing
+    from loraplex.training.routing_report import routed_rows, write_routing
 
     if loaded.trainer.routing is None:
         return None

@@ -12,14 +12,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.adapters.registry import Deployed
+from loraplex.adapters.registry import SaveFormat
 from loraplex.models.agreement import model_logits
-from loraplex.training.base_model import write_base
+from loraplex.models.fingerprint import write_base
 from loraplex.training.folder import fill_atomically
 from loraplex.training.reloading import Reload, checked, site_differences
+from loraplex.tuner.adapter_loading import load_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.loading import load_adapter
-from loraplex.tuner.plain import save_plain
+from loraplex.tuner.peft_format import save_peft_format
 
 COMPARED_ROWS = 4
 
@@ -66,8 +66,8 @@ def _reload(
     ours = _evaluating(load_adapter(fresh, str(folder)))
     again = _logits(ours, rows)
     # Compaction folds the scale into B, which rounds.
-    is_exact = config.finished_ranks is None
-    if config.typed_adapter.plain is Deployed.OWN or config.has_shortcuts:
+    is_exact = config.state.finished_ranks is None
+    if config.adapter.peft_format is SaveFormat.OWN or config.has_shortcuts:
         return ours, checked(trained, again, None, [], dtype, is_exact)
     stock = _by_stock_peft(ours.unload(), model, config, folder)
     sites = list(site_differences(model, stock))
@@ -77,8 +77,8 @@ def _reload(
 def _by_stock_peft(fresh: torch.nn.Module, model: PeftModel, config: AdapterConfig, folder: Path) -> PeftModel:
     """Return the adapter on `fresh` under PEFT's own tuner: the folder's, or its pairs written out as plain LoRA."""
     with tempfile.TemporaryDirectory() as plain:
-        if config.deployed is not config.typed_adapter.plain:
-            save_plain(model, plain, model.active_adapter)
+        if config.save_format is not config.adapter.peft_format:
+            save_peft_format(model, plain, model.active_adapter)
             folder = Path(plain)
         return _evaluating(PeftModel.from_pretrained(fresh, str(folder)))
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig, PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraplex.compat.peft import config_types
 from loraplex.errors import UserError, nearest
-from loraplex.tuner.config import LoraplexType
+from loraplex.tuner.options import LoraplexType
 
 
 def stock_config(section: Mapping[str, Any], max_steps: int | None = None, task_type: str = "CAUSAL_LM") -> PeftConfig:
@@ -23,12 +23,13 @@ def stock_config(section: Mapping[str, Any], max_steps: int | None = None, task_
     Raises:
         UserError: for an unknown type or field, a value that PEFT refuses, or steps that are needed and not known.
     """
-    types = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.value != LoraplexType.LORAPLEX.value)
+    classes = config_types()
+    types = sorted(kind for kind in classes if kind != LoraplexType.LORAPLEX.value)
     wanted = str(section.get("peft_type", "")).upper()
     if wanted not in types:
         hint = nearest(wanted, types) or f" There are {', '.join(types)}."
         raise UserError(f"peft.peft_type is {section.get('peft_type')!r}, which is not an adapter of PEFT.{hint}")
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(wanted)]
+    cls = classes[wanted]
     known = {entry.name for entry in dataclasses.fields(cls) if entry.init}
     for name in section:
         if name not in known:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from trl.trainer.sft_trainer import SFTTrainer
+from trl import SFTTrainer  # type: ignore[attr-defined]
 
-from loraplex.analysis.routing import RoutingWatch
+from loraplex.compat.transformers import PrinterCallback
 from loraplex.errors import UserError
 from loraplex.training.folder import seal
+from loraplex.tuner.routing import RoutingWatch
 
 
 class DivergedError(UserError):

@@ -1,4 +1,5 @@
-"""The border to PEFT: one tuner, one layer wrapper, one config for every method."""
+"""The border to PEFT: one tuner, one layer wrapper, one config for every method. Importing it registers with PEFT."""
 
-# PEFT first: importing it triggers our registration, which needs this package to be importable already
-import peft  # noqa: F401
+from loraplex.tuner import registration
+
+__all__ = ["registration"]

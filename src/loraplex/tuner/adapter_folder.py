@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from loraplex.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from loraplex.errors import UserError
-from loraplex.tuner.config import AdapterConfig, LoraplexType, refuse_unknown
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.options import LoraplexType, refuse_unknown
 
 
 def local_folder(path: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from loraplex.allocation.budget import Budget, most_parameters, worth
+from loraplex.allocation.budget import Budget, expected_parameters, most_parameters
 from loraplex.allocation.contracts import Candidate
+from loraplex.tuner.candidates import candidates_of
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.drive import candidates_of
 from loraplex.tuner.model import LoraplexTuner
 
 
@@ -28,7 +28,7 @@ class Parameters:
     """What the allocation may leave open; None where it moves no ranks."""
     kept: int
     """Parameters that are left when the budget is spent: exact for a budget of parameters. For ranks and modules they
-    depend on which are chosen, and this is what they are where all sites are chosen alike (see `worth`)."""
+    depend on which are chosen, and this is what they are where all sites are chosen alike: `expected_parameters`."""
     most: int
     """The same where the dearest sites are chosen."""
     open: int
@@ -57,16 +57,16 @@ def count_parameters(model: PeftModel, adapter_name: str | None = None) -> Param
     config, candidates = tuner.peft_config[name], candidates_of(tuner, name)
     assert isinstance(config, AdapterConfig)
     all_of_them = sum(candidate.cost(candidate.ranks) for candidate in candidates)
-    if not config.typed_allocation.moves_ranks:
+    if not config.allocation.moves_ranks:
         return Parameters(trainable, total, len(candidates), None, *[trainable] * 3)
-    gates, budget = config.typed_allocation.start(candidates, config.rank_of)
+    gates, budget = config.allocation.start(candidates, config.rank_of)
     beside = trainable - all_of_them
     return Parameters(
         trainable=trainable,
         total=total,
         candidates=len(candidates),
         budget=budget,
-        kept=beside + worth(candidates, {name: int(gate.sum()) for name, gate in gates.items()}, budget),
+        kept=beside + expected_parameters(candidates, {name: int(gate.sum()) for name, gate in gates.items()}, budget),
         most=beside + most_parameters(candidates, budget),
         open=beside + sum(candidate.cost(_open_ranks(candidate)) for candidate in candidates),
         beside=beside,

@@ -8,13 +8,13 @@ from typing import Any
 from typing import cast as typed
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.contracts import BaseWeight, SiteAdapter
+from loraplex.compat.accelerate import is_dispatched
+from loraplex.compat.peft import BaseTunerLayer, check_adapters_to_merge, dequantize_module_weight
+from loraplex.compat.torch import NonDynamicallyQuantizableLinear, has_hooks
+from loraplex.compat.transformers import Conv1D
 from loraplex.errors import UserError
 
 ADAPTERS = "loraplex_adapters"
@@ -28,7 +28,7 @@ class FrozenLinear(BaseWeight):
         self.module = module
         self.transposed = isinstance(module, Conv1D)
 
-    def plain(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether calling the module is nothing but x W0ᵀ + b on a weight that is here: no hooks, shards or codes."""
         module = self.module
         return (
@@ -36,13 +36,13 @@ class FrozenLinear(BaseWeight):
             and type(module.weight) is nn.Parameter
             and not module.weight.requires_grad
             and module.weight.dtype in (torch.bfloat16, torch.float32, torch.float64)
-            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-            and not hasattr(module, "_hf_hook")
+            and not has_hooks(module)
+            and not is_dispatched(module)
         )
 
     def matrix(self) -> Tensor:
         """Return W0 (out, in), dequantized where necessary."""
-        weight = self.parameter() if self.plain() else dequantize_module_weight(self.module)
+        weight = self.parameter() if self.is_dense() else dequantize_module_weight(self.module)
         return weight.T if self.transposed else weight
 
     def bias(self) -> Tensor | None:
@@ -94,7 +94,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
-    def neighbor(self) -> Tensor:
+    def switch(self, *, off: bool) -> None:
+        """Let no adapter act here, or let them act again; who trains is not touched."""
+        self._disable_adapters = off
+
+    def reference_parameter(self) -> Tensor:
         """Return a frozen tensor of the base model: where it is and of which type, adapters follow."""
         raise NotImplementedError
 
@@ -107,11 +111,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def cast_adapter(self, name: str, autocast: bool) -> None:
         """Cast an adapter's parameters: at least float32 when `autocast`, the dtype of the base otherwise."""
         if name in self.loraplex_adapters:
-            cast(self.loraplex_adapters[name], self.neighbor().dtype, autocast)
+            cast(self.loraplex_adapters[name], self.reference_parameter().dtype, autocast)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base, which rounds float32 adapters
-        target = self.neighbor().device if device is None else device
+        target = self.reference_parameter().device if device is None else device
         if adapter_name in self.loraplex_adapters and target.type != "meta":
             module = self.loraplex_adapters[adapter_name]
             if not any(tensor.is_meta for tensor in module.state_dict().values()):
@@ -137,7 +141,7 @@ class SiteLayer(AdapterLayer):
         """The frozen linear map as it is now: quantizing or sharding may put another module in its place."""
         return FrozenLinear(self.base_layer)
 
-    def neighbor(self) -> Tensor:
+    def reference_parameter(self) -> Tensor:
         """Return the frozen weight as it is stored."""
         return self.frozen.parameter()
 
@@ -150,7 +154,7 @@ class SiteLayer(AdapterLayer):
             self.unmerge()
         off = self.disable_adapters or self.merged
         active = [] if off else [name for name in self.active_adapters if name in self.loraplex_adapters]
-        if len(active) == 1 and not args and not kwargs and self.frozen.plain():
+        if len(active) == 1 and not args and not kwargs and self.frozen.is_dense():
             return self.adapter(active[0]).output(x, self.frozen.matrix(), self.frozen.bias())
         y0: Tensor = self.base_layer(x, *args, **kwargs)
         deltas = [self.adapter(name).delta(x, y0, self.frozen) for name in active]

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from loraplex.compat.peft import AuxiliaryTrainingWrapper
 from loraplex.errors import UserError, nearest
 from loraplex.tuner.layer import AdapterLayer
-from loraplex.tuner.shortcuts import ShortcutLayer
+from loraplex.tuner.shortcuts.layers import ShortcutLayer
 
 BASE = "__base__"
 """The name of a row that no adapter changes."""

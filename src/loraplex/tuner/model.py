@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from loraplex.adapters.contracts import Rate
 from loraplex.allocation.sites import EDGES
+from loraplex.batch_loss import objective as objective_loss
+from loraplex.batch_loss import trainer as trainer_loss
+from loraplex.batch_loss import trl as trl_loss
+from loraplex.compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, trained_biases
 from loraplex.errors import UserError, nearest
 from loraplex.objectives.contracts import Objective
-from loraplex.tuner import (
-    closed_ranks,
-    fused_head,
-    label_loss,
-    learning_rates,
-    objective_forward,
-    objectives,
-    saving,
-)
-from loraplex.tuner.building import add_shortcuts, build_adapter
+from loraplex.tuner import file_tensors, objectives
+from loraplex.tuner.building import build_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import ADAPTERS, AdapterLayer, SiteLayer, features
-from loraplex.tuner.matching import find_sites, module_names, resolved_targets
 from loraplex.tuner.mixed_batches import adapter_per_row
-from loraplex.tuner.planned import follow_plan
+from loraplex.tuner.plans import follow_plan
 from loraplex.tuner.shared import SHARED, SharedTensors
-from loraplex.tuner.shortcuts import ShortcutLayer, close_streams, shortcut_layers
-from loraplex.tuner.undo import all_or_nothing
+from loraplex.tuner.shortcuts.building import add_shortcuts
+from loraplex.tuner.shortcuts.layers import ShortcutLayer, shortcut_layers
+from loraplex.tuner.shortcuts.stream import close_streams
+from loraplex.tuner.sites import find_sites, module_names, resolved_targets
+from loraplex.tuner.state import AdapterState
+from loraplex.tuner.transaction import all_or_nothing
 
 RESERVED = frozenset(
     {
@@ -55,21 +53,27 @@ class LoraplexTuner(BaseTuner):
     tuner_layer_cls = AdapterLayer
     target_module_mapping = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
+    observers: ClassVar[list[Callable[[LoraplexTuner], None]]] = []
+    """Called with a tuner that has got an adapter, or is a copy of one: what acts between training steps joins here."""
+
     loraplex_shared: SharedTensors
+    states: dict[str, AdapterState]
+    """What is known of every adapter beside its config."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PeftModel hands over a dict; a config alone comes from paths that keep the model and throw the tuner away
         if isinstance(peft_config, AdapterConfig) and (reason := peft_config.only_peft_model):
             raise UserError(
-                f"adapter {peft_config.adapter} needs a PeftModel, because {reason}: "
+                f"adapter {peft_config.adapter.name} needs a PeftModel, because {reason}: "
                 "use get_peft_model or loraplex.load_adapter"
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         assert isinstance(config, AdapterConfig)
-        if SHARED not in self._modules:
-            self.loraplex_shared = SharedTensors()
+        if not hasattr(self, SHARED):
+            self.loraplex_shared, self.states = SharedTensors(), {}
+        config = self._take_over(config, adapter_name)
         refuse_name(model, adapter_name)
         # before anything is changed: every target and pattern must match, every rank must fit
         follow_plan(model, config)
@@ -82,10 +86,7 @@ class LoraplexTuner(BaseTuner):
         """Inject as PEFT does; when that fails the model is as it was before."""
         config = self.peft_config[adapter_name]
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        if twins:
-            # TRL copies an adapter so: gates and what is known of the ranks must not be shared afterwards
-            self.peft_config[adapter_name] = config = copy(config)
-        if len(self.peft_config) > 1:
+        if adapter_name not in self.states:
             self._pre_injection_hook(self.model, config, adapter_name)
         shared = self.loraplex_shared
         with all_or_nothing(model), all_or_nothing(shared):
@@ -99,12 +100,22 @@ class LoraplexTuner(BaseTuner):
             self._add_shortcuts(adapter_name)
             objectives.build(self, adapter_name)
             self._refuse_names_of_tensors()
-        learning_rates.watch(self)
-        closed_ranks.watch(self)
         for layer in self.adapter_layers(adapter_name):
             if twins:
                 gate = layer.adapter(twins[0]).factors.gate
                 layer.adapter(adapter_name).factors.gate.copy_(gate)
+        self._tell()
+
+    def _take_over(self, config: AdapterConfig, adapter_name: str) -> AdapterConfig:
+        """Keep a copy of the config with a state of its own, so that whoever gave it may use it again."""
+        given = {id(other): name for name, other in self.peft_config.items() if name != adapter_name}
+        twin = self.states.get(given.get(id(config), ""))
+        # TRL copies an adapter by its config: what is known of the ranks comes along, and is not shared
+        self.states[adapter_name] = AdapterState() if twin is None else replace(twin, driven=False)
+        own = copy(config)
+        own.bind(self.states[adapter_name])
+        self.peft_config[adapter_name] = own
+        return own
 
     def _add_shortcuts(self, adapter_name: str) -> None:
         """Build the adapter's shortcuts: switched, trained and frozen as its other sites are by now."""
@@ -120,9 +131,13 @@ class LoraplexTuner(BaseTuner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of the original: what optimizers do for it they do for the copy."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        learning_rates.watch(self)
-        closed_ranks.watch(self)
-        objectives.watch(self)
+        for own in self.states.values():
+            own.driven = False
+        self._tell()
+
+    def _tell(self) -> None:
+        for observer in self.observers:
+            observer(self)
 
     def _create_and_replace(
         self,
@@ -145,7 +160,7 @@ class LoraplexTuner(BaseTuner):
                     f"target {current_key} is a {type(target).__name__}: loraplex adapts Linear and Conv1D modules only"
                 )
             layer = SiteLayer(target, current_key)
-        peft_config.transposed |= layer.frozen.transposed
+        peft_config.state.transposed |= layer.frozen.transposed
         shared = self.loraplex_shared.getter(adapter_name)
         layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config, shared)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
@@ -161,22 +176,32 @@ class LoraplexTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model, or answer a trainer that asks for less than all logits: `fused_head`, `label_loss`."""
-        config = next(iter(self.peft_config.values()))
-        assert isinstance(config, AdapterConfig)
+        """Call the base model, or give a trainer that reads no logits what it reads: see `batch_loss`."""
         if self.training and torch.is_grad_enabled():
             objective = objectives.acting(self)
             if objective is not None:
-                return objective_forward.answer(self.model, objective, args, kwargs, config.padding_free)
+                return objective_loss.compute_output(self.model, objective, args, kwargs, self.padding_free)
         if not torch.compiler.is_compiling():
             output = None
-            if fused_head.enabled(kwargs):
-                output = fused_head.answer(self.model, args, kwargs, config.padding_free)
+            if trl_loss.enabled(kwargs):
+                output = trl_loss.compute_output(self.model, args, kwargs, self.padding_free)
             elif self.training and torch.is_grad_enabled():
-                output = label_loss.answer(self.model, args, kwargs, config.padding_free)
+                output = trainer_loss.compute_output(self.model, args, kwargs, self.padding_free)
             if output is not None:
                 return output
         return self.model(*args, **kwargs)
+
+    @property
+    def padding_free(self) -> bool | Literal["auto"]:
+        """What the active adapters ask for: False where one does not want it, else True where one insists on it."""
+        asked = {config.padding_free for name in self.active_adapters if (config := self.config_of(name)) is not None}
+        return False if False in asked else True if True in asked else "auto"
+
+    def config_of(self, adapter_name: str) -> AdapterConfig | None:
+        """Return the config of an adapter, None where there is no such adapter."""
+        config = self.peft_config.get(adapter_name)
+        assert config is None or isinstance(config, AdapterConfig)
+        return config
 
     def rates(self) -> Iterator[tuple[nn.Parameter, Rate]]:
         """Yield the parameters that do not learn as the optimizer says."""
@@ -245,6 +270,7 @@ class LoraplexTuner(BaseTuner):
         self.detach_objective(adapter_name)
         super().delete_adapter(adapter_name)
         self.loraplex_shared.drop(adapter_name)
+        self.states.pop(adapter_name, None)
 
     def _refuse_names_of_tensors(self) -> None:
         """Refuse adapters called like a tensor of another adapter: PEFT would take that for theirs."""
@@ -282,9 +308,9 @@ class LoraplexTuner(BaseTuner):
     def _refuse_unmergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:
             config = self.peft_config.get(name)
-            if isinstance(config, AdapterConfig) and not config.typed_adapter.mergeable:
+            if isinstance(config, AdapterConfig) and not config.adapter.mergeable:
                 raise UserError(
-                    f"adapter '{name}' ({config.adapter}) cannot be merged into the base weights: "
+                    f"adapter '{name}' ({config.adapter.name}) cannot be merged into the base weights: "
                     "its weight change is not the same for every token; none was"
                 )
             if opened := self.open_shortcuts(name):
@@ -315,7 +341,7 @@ class LoraplexTuner(BaseTuner):
                 if any(not 0 <= rank < factors.rank for rank in ranks):
                     raise UserError(f"{site} has ranks 0 to {factors.rank - 1}, not {list(ranks)}")
                 factors.gate[list(ranks)] = 0
-                config.live = True
+                config.state.live = True
                 return
         hint = nearest(site, [layer.site for layer in self.adapter_layers(adapter_name)])
         raise UserError(f"adapter '{adapter_name}' has no site '{site}'.{hint}")
@@ -328,8 +354,8 @@ class LoraplexTuner(BaseTuner):
         ranks = {layer.site: layer.adapter(adapter_name).factors.open_ranks for layer in layers}
         if not any(ranks.values()):
             raise UserError(f"adapter '{adapter_name}' has no open rank left: there is nothing to save")
-        config.finished_ranks, config.live = ranks, False
-        config.other_modules = module_names(self.model)
+        config.state.finished_ranks, config.state.live = ranks, False
+        config.state.other_modules = module_names(self.model)
         return ranks
 
     @contextlib.contextmanager
@@ -351,8 +377,10 @@ class LoraplexTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         assert isinstance(config, AdapterConfig)
-        tensors = saving.file_tensors(saving.of_adapter(state_dict, adapter_name), config, adapter_name, model)
-        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        tensors = file_tensors.file_tensors(
+            file_tensors.of_adapter(state_dict, adapter_name), config, adapter_name, model
+        )
+        biases = trained_biases(cls, model, state_dict, config)
         # those of modules_to_save are written with their modules
         tensors.update({key: value for key, value in biases.items() if ".modules_to_save." not in key})
         return tensors
@@ -362,10 +390,10 @@ class LoraplexTuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         assert isinstance(config, AdapterConfig)
-        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
-        tensors = saving.model_tensors(model, adapter_name, state_dict, biases)
+        biases = trained_biases(cls, model, model.state_dict(), config)
+        tensors = file_tensors.model_tensors(model, adapter_name, state_dict, biases)
         # the file decides whether ranks are closed; what had been finished before is overwritten
-        config.live, config.finished_ranks = not saving.gates_are_open(tensors), None
+        config.state.live, config.state.finished_ranks = not file_tensors.gates_are_open(tensors), None
         return tensors
 
 

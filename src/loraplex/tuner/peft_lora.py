@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 from peft import LoraConfig
 
-from loraplex.adapters.registry import REGISTRY, Adapter, Axis, Deployed
+from loraplex.adapters.registry import REGISTRY, Adapter, Axis, SaveFormat
 from loraplex.errors import UserError
-from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.matching import namesakes
+from loraplex.tuner.options import AdapterOptions
+from loraplex.tuner.sites import namesakes
 
 _SAME = (
     "task_type",
@@ -43,21 +43,25 @@ _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the frozen weights alone; under the others A and B belong to changed ones."""
 
 
-def to_lora_config(config: AdapterConfig) -> LoraConfig:
+def to_lora_config(config: AdapterOptions) -> LoraConfig:
     """Return the LoraConfig under which the file we write computes the same function."""
-    adapter = config.typed_adapter
-    assert adapter.plain is not Deployed.OWN
+    adapter = config.adapter
+    assert adapter.peft_format is not SaveFormat.OWN
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
     for options in (adapter.factors, adapter.combine):
         values.update({name: getattr(options, name) for name in _shared_options(type(options))})
-    values.update(lora_alpha=config.alpha, use_dora=adapter.plain is Deployed.DORA, fan_in_fan_out=config.transposed)
-    if config.finished_ranks is not None:
-        ranks = {site: rank for site, rank in config.finished_ranks.items() if rank > 0}
+    values.update(
+        lora_alpha=config.lora_alpha,
+        use_dora=adapter.peft_format is SaveFormat.DORA,
+        fan_in_fan_out=config.state.transposed,
+    )
+    if config.state.finished_ranks is not None:
+        ranks = {site: rank for site, rank in config.state.finished_ranks.items() if rank > 0}
         exact = {f"^{re.escape(site)}": rank for site, rank in ranks.items()}
         # the scale has been folded into B: alpha = r everywhere
         values.update(
             target_modules=sorted(ranks),
-            exclude_modules=namesakes(ranks, config.other_modules) or None,
+            exclude_modules=namesakes(ranks, config.state.other_modules) or None,
             layers_to_transform=None,
             layers_pattern=None,
             rank_pattern=exact,
@@ -69,22 +73,22 @@ def to_lora_config(config: AdapterConfig) -> LoraConfig:
     return LoraConfig(**values)
 
 
-def from_lora_config(lora: LoraConfig) -> AdapterConfig:
-    """Return our config for a LoraConfig.
+def options_of_lora(lora: LoraConfig) -> dict[str, Any]:
+    """Return the fields of the `AdapterConfig` that reproduces a LoraConfig.
 
     Raises:
         UserError: names the first field that has no counterpart here.
     """
-    form = Deployed.DORA if lora.use_dora else Deployed.LORA
-    factors = next(m.options for m in REGISTRY.members(Axis.FACTORS) if m.deployed is Deployed.LORA)
-    combine = next(m.options for m in REGISTRY.members(Axis.COMBINE) if m.deployed is form)
+    form = SaveFormat.DORA if lora.use_dora else SaveFormat.LORA
+    factors = next(m.options for m in REGISTRY.members(Axis.FACTORS) if m.save_format is SaveFormat.LORA)
+    combine = next(m.options for m in REGISTRY.members(Axis.COMBINE) if m.save_format is form)
     parts = [cls(**{name: getattr(lora, name) for name in _shared_options(cls)}) for cls in (factors, combine)]
     _refuse_other_fields(lora, {name for cls in (factors, combine) for name in _shared_options(cls)})
     values: dict[str, Any] = {name: getattr(lora, name) for name in _SAME}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values[name], set):
             values[name] = sorted(values[name])
-    return AdapterConfig(adapter=Adapter(*parts), alpha=lora.lora_alpha, **values)
+    return {"adapter": Adapter(*parts), "lora_alpha": lora.lora_alpha, **values}
 
 
 def _shared_options(options: type) -> list[str]:

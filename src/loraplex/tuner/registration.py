@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-from loraplex.tuner.config import AdapterConfig, LoraplexType
+from loraplex.compat.peft import register_tuner
+from loraplex.training_hooks.registry import REGISTRY
+from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.model import LoraplexTuner
+from loraplex.tuner.options import LoraplexType
 
-_KEY = cast(Any, LoraplexType.LORAPLEX)
-PEFT_TYPE_TO_CONFIG_MAPPING[_KEY] = AdapterConfig
-PEFT_TYPE_TO_TUNER_MAPPING[_KEY] = LoraplexTuner
-PEFT_TYPE_TO_PREFIX_MAPPING[_KEY] = LoraplexTuner.prefix
+register_tuner(LoraplexType.LORAPLEX, AdapterConfig, LoraplexTuner, LoraplexTuner.prefix)
+# PEFT makes the tuner, so whoever registers it has to bring along what acts between training steps
+LoraplexTuner.observers.append(REGISTRY.watch)
