@@ -29,7 +29,10 @@ _RENAMED = {
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 1) -> str:
-    """Return " Did you mean 'x'?" for the `count` closest of `candidates`, or "" when none is close; a renamed one is told."""
+    """Return " Did you mean 'x'?" for the `count` closest of `candidates`, or "" when none is close.
+
+    An option that had another name before 0.1 is told its name now.
+    """
     known = list(candidates)
     new = _RENAMED.get(name.rpartition(".")[2])
     for candidate in known:

@@ -73,7 +73,7 @@ def test_counting_needs_no_storage() -> None:
 
 
 def test_a_run_says_both_and_records_what_is_left(tiny_recipe: Path) -> None:
-    options = "{name: hetero, share: 0.25, unit: parameters, batches: 2, every: 2}"
+    options = "{name: hetero, share: 0.25, unit: parameters, batches: 2, interval: 2}"
     said: dict[str, str] = {}
     result = train(read_recipe(tiny_recipe, ["--allocation", options]), say=said.__setitem__)
     assert said["adapter"].endswith("; candidates: 1,856 parameters in 14 sites || budget: 464 parameters")

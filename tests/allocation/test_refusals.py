@@ -20,7 +20,7 @@ from loraplex.training_hooks.registry import LoraplexCallback
 )
 def test_a_checkpoint_of_another_allocation_is_refused(before: Any, now: Any, tmp_path: Path) -> None:
     train(adapted(before), tmp_path, save_strategy="steps", save_steps=3)
-    with pytest.raises(UserError, match=r"the checkpoint of step 3 was trained with the allocation .*: resume with"):
+    with pytest.raises(UserError, match=r"the checkpoint (of step 3 )?was trained with the allocation .*: resume with"):
         train(adapted(now), tmp_path, resume=str(tmp_path / "checkpoint-3"))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loraplex.adapters.gates import GateRecord
 from loraplex.compat.torch import version_of
 from loraplex.errors import UserError
+from loraplex.kernels.loss_scale import LossScale
 from loraplex.option_values import is_number, is_whole
 
 _MULTIPLE = 16
@@ -144,6 +145,10 @@ class Factors(nn.Module, ABC):
         """Yield the parameters that learn at another rate than the optimizer's (LoRA+)."""
         yield from ()
 
+    def vector_rate(self) -> Rate | None:
+        """Return how vectors beside the factors learn (a magnitude, biases); None for as the optimizer says."""
+        return None
+
     def check_file(self, site: str, tensors: Mapping[str, Tensor]) -> None:
         """Check that a file's `tensors`, by their names here, go with the frozen tensors that it does not hold.
 
@@ -244,6 +249,10 @@ class Combine(nn.Module, ABC):
 
     gates: GateRecord | None = None
     """What a combine that weighs several heads records of its gates; None where there is nothing to weigh."""
+    adds_loss = False
+    """Whether it adds a loss of its own to the one that is trained."""
+    loss_scale: LossScale | None = None
+    """By what a loss of its own is scaled, given by the tuner; by 1 where the site is on its own."""
 
     def drop(self, x: Tensor, dropout: nn.Module) -> Tensor:
         """Return what `delta` and `output` get as `dropped`: x (..., in) after dropout, or x itself where it is off."""

@@ -96,7 +96,8 @@ class Route:
     router: Literal["learned", "frozen", "uniform"] = "learned"
     """Controls outside the paper: "frozen" keeps the random W_g, "uniform" gives every head 1/N (heads stay equal)."""
     balance: float = 0.0
-    """Outside the paper: weight w of w·(N Σ_i ḡ_i² − 1), which evens the heads' mean gates ḡ over a forward pass."""
+    """Outside the paper: weight w of w·(N Σ_i ḡ_i² − 1), which evens the heads' mean gates ḡ over a forward pass. It is
+    scaled like the loss: by gradient accumulation and a gradient scaler."""
     dropout_per_head: bool = False
     """Every head has a dropout mask of its own, as in the official code: A is multiplied once per head then."""
 
@@ -128,6 +129,7 @@ class Routing(Combine):
         if options.top_k is not None and options.top_k > site.heads:
             raise UserError(f"top_k is {options.top_k}, but {site.name} has {site.heads} heads: lower top_k")
         self.options = options
+        self.adds_loss = options.balance > 0
         self.gates = GateRecord(site.heads)
         # a generator of its own: the one of the site gives A these numbers
         generator = site.generator(f"{site.name}:router")
@@ -153,7 +155,8 @@ class Routing(Combine):
         masked = None if dropped is x else dropped
         s = factors.rank_scale(b.dtype)
         options = self.options
-        y, gates = routed_linear(x, masked, weight, bias, a, b, s, self.lora_route, options.top_k, options.balance)
+        given = (options.top_k, options.balance, self.loss_scale)
+        y, gates = routed_linear(x, masked, weight, bias, a, b, s, self.lora_route, *given)
         self._record(gates)
         return y
 
@@ -164,7 +167,7 @@ class Routing(Combine):
     def _delta(self, x: Tensor, dropped: Tensor, factors: Factors) -> Tensor:
         a, b = factors.pair()
         gates = softmax_gates(F.linear(x.to(self.lora_route.dtype), self.lora_route), self.options.top_k)
-        gates = balanced(gates, self.options.balance)
+        gates = balanced(gates, self.options.balance, self.loss_scale)
         self._record(gates)
         low = F.linear(dropped.to(a.dtype), a)
         if low.dim() > x.dim():

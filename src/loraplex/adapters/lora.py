@@ -32,6 +32,9 @@ class LoRA:
     """Scale by alpha/√r (rsLoRA) instead of alpha/r."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B as a multiple of A's, which is the optimizer's (LoRA+)."""
+    loraplus_vectors: bool = True
+    """Whether whatever has one dimension (DoRA's magnitude, trained biases) learns at B's rate, as in LoRA+'s code and
+    PEFT; false leaves vectors at the optimizer's rate."""
     init: Literal["uniform", "pissa"] = "uniform"
     """Start from random A and B = 0, or from the leading singular vectors of W0 ("pissa")."""
 
@@ -68,7 +71,7 @@ class LoRAFactors(Factors):
 
     def __init__(self, site: SiteInit, options: LoRA) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
-        self.lr_ratio = options.loraplus_lr_ratio
+        self.lr_ratio, self.lr_vectors = options.loraplus_lr_ratio, options.loraplus_vectors
         generator = site.generator()
         bound = 1 / math.sqrt(site.in_features)
         self.lora_A = nn.Parameter(uniform((site.rank, site.in_features), bound, generator))
@@ -86,6 +89,10 @@ class LoRAFactors(Factors):
         if self.lr_ratio != 1:
             yield self.lora_B, Rate(self.lr_ratio)
 
+    def vector_rate(self) -> Rate | None:
+        """Return λ for vectors too, unless `loraplus_vectors` is off."""
+        return Rate(self.lr_ratio) if self.lr_ratio != 1 and self.lr_vectors else None
+
     def rank_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield A by rows and B by columns."""
         yield from ((self.lora_A, 0), (self.lora_B, 1))
@@ -100,7 +107,7 @@ class PiSSAFactors(Factors):
 
     def __init__(self, site: SiteInit, options: LoRA) -> None:
         super().__init__(site, options.scale(site.alpha, site.rank))
-        self.lr_ratio = options.loraplus_lr_ratio
+        self.lr_ratio, self.lr_vectors = options.loraplus_lr_ratio, options.loraplus_vectors
         check_rank(site.name, site.rank, options.largest_rank(site.in_features, site.out_features))
         weight = site.weight().detach()
         if site.meta or weight.is_meta:
@@ -136,6 +143,10 @@ class PiSSAFactors(Factors):
         """Yield B with λ = η_B/η_A of LoRA+."""
         if self.lr_ratio != 1:
             yield self.lora_B, Rate(self.lr_ratio)
+
+    def vector_rate(self) -> Rate | None:
+        """Return λ for vectors too, unless `loraplus_vectors` is off."""
+        return Rate(self.lr_ratio) if self.lr_ratio != 1 and self.lr_vectors else None
 
     def rank_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield A by rows and B by columns."""

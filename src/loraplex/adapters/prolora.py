@@ -37,6 +37,9 @@ class PRoLoRA:
     """Scale by alpha/√r (rsLoRA) instead of alpha/r."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B (its chunk and its whole ranks) as a multiple of A's, which is the optimizer's (LoRA+)."""
+    loraplus_vectors: bool = True
+    """Whether whatever has one dimension (trained biases) learns at B's rate, as LoRA+'s code and PEFT have it; false
+    leaves vectors at the optimizer's rate."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that are not whole, or too small."""
@@ -71,7 +74,7 @@ class PRoLoRAFactors(Factors):
             raise UserError(
                 f"rank of {site.name} is {site.rank}, but u = {options.u} ranks are not shared: raise r or lower u"
             )
-        self.lr_ratio = options.loraplus_lr_ratio
+        self.lr_ratio, self.lr_vectors = options.loraplus_lr_ratio, options.loraplus_vectors
         shared = site.rank - options.u
         generator = site.generator()
         bound = 1 / math.sqrt(site.in_features)
@@ -109,6 +112,10 @@ class PRoLoRAFactors(Factors):
         """Yield what B is made of with λ = η_B/η_A of LoRA+."""
         if self.lr_ratio != 1:
             yield from ((b, Rate(self.lr_ratio)) for b in (self.lora_B, self.lora_B_unshared) if b is not None)
+
+    def vector_rate(self) -> Rate | None:
+        """Return λ for vectors too, unless `loraplus_vectors` is off."""
+        return Rate(self.lr_ratio) if self.lr_ratio != 1 and self.lr_vectors else None
 
 
 def _rotation(shared: int, copies: int) -> Tensor:

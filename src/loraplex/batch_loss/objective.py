@@ -6,7 +6,6 @@ cannot work under is refused here, in the first step.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.batch_loss import second_pass, trl
 from loraplex.batch_loss.labeled import IGNORED, Head, Labeled, first_look, frozen_head, labeled
+from loraplex.batch_loss.verdicts import Verdicts
+from loraplex.compat.torch import random_states
 from loraplex.compat.transformers import ForCausalLMLoss
 from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Distilled, Weights, distilled_log_probs
 from loraplex.kernels.packed_attention import KeyMemory
 from loraplex.objectives.contracts import Batch, Objective, SecondPass, refuse_compiling
 
-_checked: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()
+_CHECKED: Verdicts[Head] = Verdicts()
 """Heads whose logits have been compared with the model's own."""
 _REMEDY = "or set the adapter's objective to plain"
 
@@ -113,7 +114,8 @@ def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Tensor) -> Hea
     Raises:
         UserError: when they are not, or the model does not run its backbone as a whole.
     """
-    if model not in _checked or _checked[model].linear is not linear:
+
+    def look() -> Head:
         head = Head(linear, *_scale_and_cap(model.config.get_text_config()))
         logits, hidden = first_look(model, ids)
         if hidden is None:
@@ -126,8 +128,9 @@ def _checked_head(model: PreTrainedModel, linear: nn.Linear, ids: Tensor) -> Hea
                 f"the logits of {type(model).__name__} are not those of its head with the scale and cap in its config: "
                 f"train with SFTTrainer, {_REMEDY}"
             )
-        _checked[model] = head
-    return _checked[model]
+        return head
+
+    return _CHECKED.of(model, look)
 
 
 def _scale_and_cap(config: Any) -> tuple[float, float | None]:
@@ -186,10 +189,14 @@ class TrainingBatch(Batch):
         """Run the backbone once and return its last hidden states at `rows`, (n, d); see `Batch`."""
         if not (keep and self.reuse and self.labeled.packed is not None):
             return self.labeled.hidden(self.backbone)
-        memory = KeyMemory()
+        memory, device = KeyMemory(), self.sequence.device
+        before = random_states(device)
         hidden = self.labeled.hidden(self.backbone, key_memory=memory)
+        # two passes agree only where nothing was drawn, by whatever module or function
+        drew = random_states(device) != before
         # a model may keep the memory from its attention, or attend twice in one module
-        self.memory = memory if memory.filled_once == second_pass.layers_of(self.backbone) else None
+        seen = memory.filled_once == second_pass.layers_of(self.backbone)
+        self.memory = memory if seen and not drew else None
         return hidden
 
     def second_pass(self, sequences: Tensor, *, in_full: bool = False) -> SecondPass:

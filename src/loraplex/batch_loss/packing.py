@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from loraplex.kernels.packed_attention import PACKED_ATTENTION
 _ABSENT = frozenset({"inputs_embeds", "position_ids", "output_attentions", "output_hidden_states"})
 """Arguments of a backbone that must be absent, None or False in a batch that is packed."""
 _UNDERSTOOD = _ABSENT | {"input_ids", "attention_mask", "use_cache", "return_dict"}
+
+
+_ATTENTION_BEFORE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Models whose attention was switched to packed rows, and what it was before."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,16 @@ def pack(
         return None
     assert isinstance(model, PreTrainedModel)
     if attention_of(model.config) != PACKED_ATTENTION and not _is_flash(model):
+        _ATTENTION_BEFORE[model] = attention_of(model.config)
         model.set_attn_implementation(PACKED_ATTENTION)
     return _lay_out(inputs["input_ids"], mask.bool())
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Give a model its attention back where `pack` has switched it, unless somebody has chosen another one since."""
+    before = _ATTENTION_BEFORE.pop(model, None)
+    if before is not None and isinstance(model, PreTrainedModel) and attention_of(model.config) == PACKED_ATTENTION:
+        model.set_attn_implementation(before)
 
 
 def _is_flash(model: PreTrainedModel) -> bool:

@@ -6,7 +6,6 @@ first pass, and so are the keys and values, whose gradients go through the first
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -14,25 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.batch_loss.packing import unsupported
-from loraplex.compat.transformers import adds_noise, attention_of, is_checkpointed
+from loraplex.compat.transformers import attention_of, is_checkpointed
 from loraplex.kernels.packed_attention import PACKED_ATTENTION, KeyMemory
 from loraplex.objectives.contracts import SecondPass
 
-_draws: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-"""Models by whether their config asks for dropout somewhere."""
-
 
 def can_look_back(model: nn.Module) -> bool:
-    """Tell whether a second pass of this model, in training, may take keys and values from the first."""
+    """Tell whether a second pass of this model, in training, may take keys and values from the first.
+
+    Whether the first pass draws random numbers, which a second one would not repeat, is seen while it runs: here only
+    dropout that is sure to draw is looked for, so that nothing is kept in vain.
+    """
     if not isinstance(model, PreTrainedModel) or unsupported(model) is not None:
         return False
     if attention_of(model.config.get_text_config()) not in ("sdpa", PACKED_ATTENTION):
-        return False
-    if model not in _draws:
-        settings = model.config.get_text_config().to_dict().items()
-        _draws[model] = any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)
-    # NEFTune adds noise to the embeddings
-    if _draws[model] or adds_noise(model.get_input_embeddings()):
         return False
     return not any(
         (isinstance(module, nn.Dropout) and module.p > 0) or is_checkpointed(module) for module in model.modules()

@@ -6,7 +6,6 @@ loop, evaluation, a trainer that wants logits) get the base model's own forward.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.batch_loss.labeled import IGNORED, Head, first_look, frozen_head, labeled
+from loraplex.batch_loss.verdicts import Verdicts
 from loraplex.compat.transformers import ForCausalLMLoss
 
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"} | {
@@ -23,7 +23,7 @@ _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "
     "output_attentions",
     "output_hidden_states",
 }
-_standard: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_STANDARD: Verdicts[bool] = Verdicts()
 """Base models by whether their logits are the head's product with the last hidden state and nothing else."""
 
 
@@ -69,7 +69,9 @@ def mean_loss(model: nn.Module, batch: Mapping[str, Any], padding_free: bool | s
 
 def _is_standard(model: PreTrainedModel, head: nn.Linear, ids: Tensor) -> bool:
     """Tell whether the model's logits are those of the head alone, from one look at a few tokens of the first batch."""
-    if model not in _standard:
+
+    def look() -> bool:
         logits, hidden = first_look(model, ids)
-        _standard[model] = hidden is not None and Head(head).gives(logits, hidden)
-    return _standard[model]
+        return hidden is not None and Head(head).gives(logits, hidden)
+
+    return _STANDARD.of(model, look)

@@ -24,9 +24,25 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether anybody has put hooks on a module, which its forward alone would pass by."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def number_of_hooks(module: nn.Module) -> int:
+    """Return how many hooks anybody has put on a module; its forward alone would pass them by."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+
+
+def random_states(device: torch.device) -> list[bytes]:
+    """Return the states of all generators that a forward pass may draw from: torch's, of the device too, and others.
+
+    Nothing waits for the device: its generator's state is kept by the host.
+    """
+    import random
+
+    import numpy as np
+
+    states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
+    states.append(np.random.get_state()[1].tobytes() + repr(np.random.get_state()[2:]).encode())
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device).numpy().tobytes())
+    return states
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:

@@ -56,11 +56,6 @@ def is_checkpointed(module: nn.Module) -> bool:
     return bool(module.__dict__.get("gradient_checkpointing", False))
 
 
-def adds_noise(embedding: nn.Module) -> bool:
-    """Return whether NEFTune adds noise to this embedding: the Trainer writes its strength on the module."""
-    return bool(getattr(embedding, "neftune_noise_alpha", None))
-
-
 def join_every_trainer(callback: type[Any]) -> None:
     """Let every Trainer that is made from now on have a callback of this class, TRL's trainers included.
 

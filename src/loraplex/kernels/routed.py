@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex.kernels.autocast import under_autocast
+from loraplex.kernels.loss_scale import LossScale
 
 
 def routed_linear(
@@ -31,18 +32,19 @@ def routed_linear(
     router: Tensor,
     top_k: int | None = None,
     balance: float = 0.0,
+    scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (..., out) and the gates g (tokens, N), both differentiable.
 
     x (..., in) and `dropped`, the same after dropout or None where there is none; W0 (out, in), b (out,) or None;
     A (r, in), B (out, N·r) head after head, s (N·r,) the scale of every column of B, the same for every head and
     without gradient; W_g (N, in). With `top_k` the softmax is over the k largest logits of a row, other gates are 0.
-    `balance` is the weight w of the balancing loss.
+    `balance` is the weight w of the balancing loss, which is scaled by `scale`, by 1 where that is None.
     """
     x, dropped, weight, bias = under_autocast(x, dropped, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         y, gates = _RoutedLinear.apply(  # type: ignore[no-untyped-call]
-            x, dropped, weight, bias, a, b, s, router, top_k, balance
+            x, dropped, weight, bias, a, b, s, router, top_k, balance, scale
         )
     return y, gates
 
@@ -63,32 +65,35 @@ def weighed(gates: Tensor, low: Tensor, s: Tensor | None = None) -> Tensor:
     return (gates.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(-2).to(low.dtype)
 
 
-def balanced(gates: Tensor, weight: float) -> Tensor:
+def balanced(gates: Tensor, weight: float, scale: LossScale | None = None) -> Tensor:
     """Return the gates g (..., N) as they are; their gradient gets that of weight · (N Σ_i ḡ_i² − 1) added.
+
+    It is multiplied with what the loss is scaled by, `scale`; by 1 where that is None.
 
     With Σ_i ḡ_i = 1 this is the squared coefficient of variation of the heads' loads, the importance loss of Shazeer et
     al., Outrageously large neural networks (arXiv 1701.06538, section 4). ḡ are the means over all leading dimensions.
     """
-    return _Balanced.apply(gates, weight) if weight else gates  # type: ignore[no-untyped-call]
+    return _Balanced.apply(gates, weight, scale) if weight else gates  # type: ignore[no-untyped-call]
 
 
-def _balance_gradient(gates: Tensor, weight: float) -> Tensor:
-    """Return ∂/∂g (N,), the same for every one of the T rows: weight · 2 N ḡ_i / T."""
+def _balance_gradient(gates: Tensor, weight: float, scale: LossScale | None) -> Tensor:
+    """Return ∂/∂g (N,), the same for every one of the T rows: scale · weight · 2 N ḡ_i / T."""
     rows = gates.reshape(-1, gates.shape[-1])
-    return 2 * weight * rows.shape[1] / len(rows) * rows.mean(0)
+    gradient = 2 * weight * rows.shape[1] / len(rows) * rows.mean(0)
+    return gradient if scale is None else gradient * scale.read().to(gradient)
 
 
 class _Balanced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, weight: float) -> Tensor:
+    def forward(ctx: Any, gates: Tensor, weight: float, scale: LossScale | None) -> Tensor:
         ctx.save_for_backward(gates)
-        ctx.weight = weight
+        ctx.weight, ctx.scale = weight, scale
         return gates.view_as(gates)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (gates,) = ctx.saved_tensors
-        return upstream[0] + _balance_gradient(gates, ctx.weight), None
+        return upstream[0] + _balance_gradient(gates, ctx.weight, ctx.scale), None, None
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -105,6 +110,7 @@ class _RoutedLinear(torch.autograd.Function):
         router: Tensor,
         top_k: int | None,
         balance: float,
+        scale: LossScale | None,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         low_rows = None if dropped is None else dropped.reshape(rows.shape)
@@ -118,6 +124,7 @@ class _RoutedLinear(torch.autograd.Function):
         y = F.linear(rows, weight, bias).addmm_(weighed(gates, low, s[: len(a)]), b_cast.T)
         ctx.save_for_backward(rows, low_rows, weight, both, b_cast, s, low, gates)
         ctx.shape, ctx.dtypes, ctx.balance = x.shape, (a.dtype, b.dtype, router.dtype), balance
+        ctx.scale = scale
         ctx.set_materialize_grads(False)
         return y.view(*x.shape[:-1], y.shape[-1]), gates
 
@@ -134,7 +141,7 @@ class _RoutedLinear(torch.autograd.Function):
         if given_gates is not None:
             dgates = dgates + given_gates
         if ctx.balance:
-            dgates = dgates + _balance_gradient(gates, ctx.balance)
+            dgates = dgates + _balance_gradient(gates, ctx.balance, ctx.scale)
         dlogits = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
         dboth = torch.cat([dlow, dlogits], dim=1).to(rows.dtype)  # (tokens, r + N)
         db = (dy.T @ weighed(gates, low, s[:r])).to(ctx.dtypes[1])
@@ -150,4 +157,4 @@ class _RoutedLinear(torch.autograd.Function):
         if need_dropped:
             ddropped = (dboth[:, :r] @ both[:r]).view(ctx.shape)
         dbias = dy.sum(0) if need_bias else None
-        return dx, ddropped, None, dbias, da.to(ctx.dtypes[0]), db, None, drouter.to(ctx.dtypes[2]), None, None
+        return dx, ddropped, None, dbias, da.to(ctx.dtypes[0]), db, None, drouter.to(ctx.dtypes[2]), None, None, None

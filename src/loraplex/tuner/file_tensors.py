@@ -7,12 +7,13 @@ exactly LoRA or DoRA. A loader recognizes the naming by the file itself.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.registry import SaveFormat
+from loraplex.adapters.registry import SaveFormat, describe_member
 from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError
 from loraplex.tuner.config import AdapterConfig
@@ -21,6 +22,8 @@ from loraplex.tuner.shared import SHARED
 from loraplex.tuner.shortcuts.compaction import GATE, compacted, is_compacted
 
 _PREFIX = "base_model.model."
+ALLOCATION = f"base_model.{SHARED}.allocation"
+"""Key of the allocation that has set the gates in a file, as text in bytes."""
 _LORA_NAMES = {
     "factors.lora_A": "lora_A.weight",
     "factors.lora_B": "lora_B.weight",
@@ -60,9 +63,10 @@ def file_tensors(
         every = config.state.live or not config.only_peft_model
         if is_compacted(config):
             split = _compacted_own(split, config)
-        return {
+        written = {
             _own_key(*place): value for place, value in split.items() if every or not _is_open_gate(place[-1], value)
         }
+        return {**written, **_recorded_allocation(config)}
     by_site: dict[str, dict[str, Tensor]] = {}
     for (site, _, name), value in split.items():
         if not is_edge(site):
@@ -74,6 +78,31 @@ def file_tensors(
             named = _compacted(named, scales[site.removeprefix(_PREFIX)])
         written.update({f"{site}.{_LORA_NAMES[name]}": value for name, value in named.items() if name != GATE})
     return written
+
+
+def _recorded_allocation(config: AdapterConfig) -> dict[str, Tensor]:
+    """Return the allocation under way as a tensor: when a trainer resumes, tensors are all that comes back."""
+    if not config.state.live or not config.allocation.moves_ranks:
+        return {}
+    text = json.dumps(describe_member(config.allocation), sort_keys=True)
+    return {ALLOCATION: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+
+def check_allocation(recorded: Tensor | None, config: AdapterConfig, adapter_name: str) -> None:
+    """Check that the gates of a file are those of the allocation that the adapter has.
+
+    Raises:
+        UserError: when another one has set them.
+    """
+    if recorded is None:
+        return
+    before = json.loads(bytes(recorded.tolist()))
+    now = json.loads(json.dumps(describe_member(config.allocation)))
+    if before != now:
+        raise UserError(
+            f"the checkpoint was trained with the allocation {before!r}, adapter '{adapter_name}' has {now!r}: resume "
+            "with the former, or start anew"
+        )
 
 
 def _compacted_own(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loraplex.adapters.contracts import BaseWeight, SiteAdapter
 from loraplex.compat.accelerate import is_dispatched
 from loraplex.compat.peft import BaseTunerLayer, check_adapters_to_merge, dequantize_module_weight
-from loraplex.compat.torch import NonDynamicallyQuantizableLinear, has_hooks
+from loraplex.compat.torch import NonDynamicallyQuantizableLinear, number_of_hooks
 from loraplex.compat.transformers import Conv1D
 from loraplex.errors import UserError
 
@@ -36,7 +36,7 @@ class FrozenLinear(BaseWeight):
             and type(module.weight) is nn.Parameter
             and not module.weight.requires_grad
             and module.weight.dtype in (torch.bfloat16, torch.float32, torch.float64)
-            and not has_hooks(module)
+            and not number_of_hooks(module)
             and not is_dispatched(module)
         )
 

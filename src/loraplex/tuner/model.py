@@ -18,8 +18,11 @@ from loraplex.allocation.sites import EDGES
 from loraplex.batch_loss import objective as objective_loss
 from loraplex.batch_loss import trainer as trainer_loss
 from loraplex.batch_loss import trl as trl_loss
+from loraplex.batch_loss.own_losses import scaled_output
+from loraplex.batch_loss.packing import restore_attention
 from loraplex.compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, trained_biases
 from loraplex.errors import UserError, nearest
+from loraplex.kernels.loss_scale import LossScale
 from loraplex.objectives.contracts import Objective
 from loraplex.tuner import file_tensors, objectives
 from loraplex.tuner.building import build_adapter
@@ -59,6 +62,8 @@ class LoraplexTuner(BaseTuner):
     loraplex_shared: SharedTensors
     states: dict[str, AdapterState]
     """What is known of every adapter beside its config."""
+    loss_scale: LossScale
+    """By what the loss of the last forward pass is scaled, for adapters that add a loss of their own."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PeftModel hands over a dict; a config alone comes from paths that keep the model and throw the tuner away
@@ -72,7 +77,7 @@ class LoraplexTuner(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         assert isinstance(config, AdapterConfig)
         if not hasattr(self, SHARED):
-            self.loraplex_shared, self.states = SharedTensors(), {}
+            self.loraplex_shared, self.states, self.loss_scale = SharedTensors(), {}, LossScale()
         config = self._take_over(config, adapter_name)
         refuse_name(model, adapter_name)
         # before anything is changed: every target and pattern must match, every rank must fit
@@ -162,7 +167,9 @@ class LoraplexTuner(BaseTuner):
             layer = SiteLayer(target, current_key)
         peft_config.state.transposed |= layer.frozen.transposed
         shared = self.loraplex_shared.getter(adapter_name)
-        layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config, shared)
+        adapter = layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config, shared)
+        if adapter.combine.adds_loss:
+            adapter.combine.loss_scale = self.loss_scale
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if adapter_name not in self.active_adapters:
             layer.loraplex_adapters[adapter_name].requires_grad_(False)
@@ -176,7 +183,23 @@ class LoraplexTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model, or give a trainer that reads no logits what it reads: see `batch_loss`."""
+        """Call the base model, or give a trainer that reads no logits what it reads: see `batch_loss`.
+
+        Raises:
+            UserError: when an objective or an adapter cannot train in this call.
+        """
+        output = self._compute_output(args, kwargs)
+        if self.training and torch.is_grad_enabled() and any(self._adding_losses()):
+            output = scaled_output(self.loss_scale, output, kwargs)
+        return output
+
+    def _adding_losses(self) -> Iterator[bool]:
+        for layer in self.site_layers():
+            for name in layer.active_adapters:
+                if name in layer.loraplex_adapters:
+                    yield layer.adapter(name).combine.adds_loss
+
+    def _compute_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.training and torch.is_grad_enabled():
             objective = objectives.acting(self)
             if objective is not None:
@@ -209,10 +232,18 @@ class LoraplexTuner(BaseTuner):
         yield from self.rates_of_objectives()
 
     def rates_of_adapters(self) -> Iterator[tuple[nn.Parameter, Rate]]:
-        """Yield those that belong to the factors of a site."""
+        """Yield those that LoRA+ asks for: of the factors of a site, and the vectors that are trained beside them."""
+        of_vectors: Rate | None = None
         for layer in self.adapter_layers():
             for name in layer.loraplex_adapters:
-                yield from layer.adapter(name).factors.rates()
+                factors = layer.adapter(name).factors
+                yield from factors.rates()
+                of_vectors = of_vectors or factors.vector_rate()
+        if of_vectors is not None:
+            # as LoRA+'s code and PEFT do it: whatever has one dimension, also outside of the adapter
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.ndim == 1:
+                    yield parameter, of_vectors
 
     def rates_of_objectives(self) -> Iterator[tuple[nn.Parameter, Rate]]:
         """Yield those that belong to an objective."""
@@ -301,6 +332,7 @@ class LoraplexTuner(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         close_streams(unloaded)
+        restore_attention(unloaded)
         for objective in self.objectives().values():
             objective.detach(unloaded)
         return unloaded
@@ -391,7 +423,9 @@ class LoraplexTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, AdapterConfig)
         biases = trained_biases(cls, model, model.state_dict(), config)
-        tensors = file_tensors.model_tensors(model, adapter_name, state_dict, biases)
+        given = dict(state_dict)
+        file_tensors.check_allocation(given.pop(file_tensors.ALLOCATION, None), config, adapter_name)
+        tensors = file_tensors.model_tensors(model, adapter_name, given, biases)
         # the file decides whether ranks are closed; what had been finished before is overwritten
         config.state.live, config.state.finished_ranks = not file_tensors.gates_are_open(tensors), None
         return tensors
