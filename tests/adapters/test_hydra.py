@@ -302,3 +302,52 @@ def test_heads_left_open_need_training_rows() -> None:
     assert found is not None
     assert found.options == Heads(heads=3)
     assert Heads(heads=2).resolve_from_data(list, 0) is None
+
+
+HYDRA = {"name": "hydra", "heads": 3, "balance": 0.5}
+
+
+def balance_gradients(scaled):
+    """The gradients of the routers that come from the balance alone: with it, less those without."""
+    found = []
+    for balance in (HYDRA["balance"], 0.0):
+        model = adapted(adapter={**HYDRA, "balance": balance}).train()
+        model.zero_grad()
+        scaled(model)
+        found.append({key: p.grad for key, p in model.named_parameters() if key.endswith("lora_route")})
+    return {key: found[0][key] - gradient for key, gradient in found[1].items()}
+
+
+def ask(model, factor=1.0, **more):
+    ids = tokens()
+    return (model(input_ids=ids, labels=ids, **more).loss * factor).backward()
+
+
+@pytest.mark.parametrize("factor", [1 / 4, 65536.0])
+def test_the_balance_is_scaled_like_the_loss(factor):
+    """By accumulation, which divides it, and by a gradient scaler, which multiplies it."""
+    expected, found = balance_gradients(ask), balance_gradients(lambda model: ask(model, factor))
+    for key, gradient in expected.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[key], gradient * factor, rtol=1e-3, atol=1e-6 * factor)
+
+
+def test_under_a_trainer_a_batch_counts_with_its_part_of_the_targets():
+    """Two batches of one optimizer step, their losses divided by the targets of both: the mean of the two."""
+    ids = tokens()
+    targets = ids[:, 1:].numel()
+
+    def both(model):
+        for _ in range(2):
+            ask(model, num_items_in_batch=torch.tensor(2 * targets))
+
+    expected, found = balance_gradients(ask), balance_gradients(both)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_that_is_computed_out_of_the_logits_is_refused():
+    model = adapted(adapter=HYDRA).train()
+    with pytest.raises(UserError, match="balance cannot be scaled"):
+        model(input_ids=tokens())
+    adapted(adapter={**HYDRA, "balance": 0}).train()(input_ids=tokens())

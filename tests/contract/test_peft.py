@@ -13,7 +13,17 @@ from loraplex import AdapterConfig
 from loraplex.adapters.registry import SaveFormat
 from loraplex.tuner.peft_format import save_peft_format
 
-EVERY = pytest.mark.parametrize("options", adapters(), ids=label)
+
+def those(chosen):
+    return pytest.mark.parametrize("options", [options for options in adapters() if chosen(options)], ids=label)
+
+
+EVERY = those(lambda options: True)
+PEFTS_OWN = those(lambda options: options.save_format is not SaveFormat.OWN)
+ONE_PAIR = those(lambda options: options.peft_format is not SaveFormat.OWN)
+SEVERAL_PAIRS = those(lambda options: options.peft_format is SaveFormat.OWN)
+MERGEABLE = those(lambda options: options.mergeable)
+NOT_MERGEABLE = those(lambda options: not options.mergeable)
 
 
 def base_model(dtype=torch.float32) -> LlamaForCausalLM:
@@ -67,10 +77,8 @@ def test_saved_adapter_loads_bit_equal(options, ids, tmp_path):
         assert torch.equal(value, again.state_dict()[key]), key
 
 
-@EVERY
+@PEFTS_OWN
 def test_what_is_exactly_lora_loads_in_stock_peft(options, ids, tmp_path):
-    if options.save_format is SaveFormat.OWN:
-        pytest.skip("has its own type")
     model = perturb(adapted(options))
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(base_model(), tmp_path)
@@ -78,13 +86,15 @@ def test_what_is_exactly_lora_loads_in_stock_peft(options, ids, tmp_path):
     torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
 
 
-@EVERY
+@SEVERAL_PAIRS
+def test_what_is_not_one_pair_is_not_written_out(options, tmp_path):
+    with pytest.raises(loraplex.UserError, match=r"not one pair \(A, B\) per site"):
+        save_peft_format(adapted(options), tmp_path)
+
+
+@ONE_PAIR
 @pytest.mark.parametrize("closed", [False, True], ids=["all ranks", "closed ranks"])
 def test_pairs_written_out_load_in_stock_peft(options, closed, ids, tmp_path):
-    if options.peft_format is SaveFormat.OWN:
-        with pytest.raises(loraplex.UserError, match=r"not one pair \(A, B\) per site"):
-            save_peft_format(adapted(options), tmp_path)
-        return
     model = perturb(adapted(options, alpha_pattern={"v_proj": 2.0}))
     if closed:
         model.base_model.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
@@ -97,10 +107,8 @@ def test_pairs_written_out_load_in_stock_peft(options, closed, ids, tmp_path):
     torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
 
 
-@EVERY
+@PEFTS_OWN
 def test_compacted_adapter_loads_in_stock_peft(options, ids, tmp_path):
-    if options.save_format is SaveFormat.OWN:
-        pytest.skip("has its own type")
     model = perturb(adapted(options, alpha_pattern={"v_proj": 2.0}))
     model.base_model.close_ranks("default", "model.layers.0.self_attn.q_proj", [0, 2])
     model.base_model.close_ranks("default", "model.layers.1.mlp.down_proj", [0, 1, 2])
@@ -114,21 +122,27 @@ def test_compacted_adapter_loads_in_stock_peft(options, ids, tmp_path):
     assert not any("layers.1.mlp.down_proj" in key for key in stock.state_dict() if "lora_" in key)
 
 
-@EVERY
+@NOT_MERGEABLE
+def test_what_cannot_be_merged_is_refused_and_unloads(options, ids):
+    base = base_model()
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = perturb(adapted(options, base))
+    expected = model(ids).logits
+    with pytest.raises(loraplex.UserError, match=r"cannot be merged into the base weights: .*; none was"):
+        model.merge_adapter()
+    with pytest.raises(loraplex.UserError, match=r"cannot be merged"):
+        model.merge_and_unload()
+    assert torch.equal(model(ids).logits, expected)
+    _check_restored(model.unload(), before)
+
+
+@MERGEABLE
 def test_merging_unmerging_and_unloading(options, ids):
     base = base_model()
     plain = base(ids).logits
     before = {key: value.clone() for key, value in base.state_dict().items()}
     model = perturb(adapted(options, base))
     expected = model(ids).logits
-    if not options.mergeable:
-        with pytest.raises(loraplex.UserError, match=r"cannot be merged into the base weights: .*; none was"):
-            model.merge_adapter()
-        with pytest.raises(loraplex.UserError, match=r"cannot be merged"):
-            model.merge_and_unload()
-        assert torch.equal(model(ids).logits, expected)
-        _check_restored(model.unload(), before)
-        return
     model.merge_adapter()
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
     model.unmerge_adapter()

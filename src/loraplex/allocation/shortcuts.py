@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex.adapters.add import Add
 from loraplex.adapters.contracts import SiteAdapter, SiteInit, check_rank
-from loraplex.adapters.lora import LoRA
+from loraplex.adapters.registry import REGISTRY, parse_adapter
 from loraplex.allocation.contracts import Allocator
 from loraplex.allocation.edges import Edges
 from loraplex.allocation.sites import EDGES
@@ -74,4 +73,5 @@ class ShortcutOptions(Allocator):
 
 def build_shortcut(site: SiteInit) -> SiteAdapter:
     """Return s·P_B P_A for an edge, freshly initialized: a pair of LoRA, without dropout, whatever the adapter is."""
-    return SiteAdapter(LoRA().build(site), Add().build(site), dropout=0.0)
+    pair = parse_adapter(REGISTRY.default_preset)
+    return SiteAdapter(pair.factors.build(site), pair.combine.build(site), dropout=0.0)

@@ -56,6 +56,12 @@ def is_checkpointed(module: nn.Module) -> bool:
     return bool(module.__dict__.get("gradient_checkpointing", False))
 
 
+def prepared_inputs(trainer: Any, batch: Any) -> dict[str, Any]:
+    """Return a batch as a Trainer hands it to its model: on the right device, in the right types."""
+    found: dict[str, Any] = trainer._prepare_inputs(batch)
+    return found
+
+
 def join_every_trainer(callback: type[Any]) -> None:
     """Let every Trainer that is made from now on have a callback of this class, TRL's trainers included.
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from loraplex.compat.torch import FlopCounterMode
+from loraplex.compat.transformers import prepared_inputs
 from loraplex.training.trainer import WatchedTrainer
 from loraplex.tuner.model import tuners_in
 
@@ -24,7 +25,7 @@ def flops_per_token(trainer: WatchedTrainer) -> float:
     model = trainer.model
     assert model is not None
     model.train()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = prepared_inputs(trainer, next(iter(trainer.get_train_dataloader())))
     operations = 0.0
     for share, kind in _kinds_of_steps(model):
         with kind, FlopCounterMode(display=False) as counter:

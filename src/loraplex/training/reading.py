@@ -241,8 +241,8 @@ def _expected(message: str) -> str:
 
 def _typed(recipe: Recipe, flat: Mapping[str, tuple[Any, str]]) -> Recipe:
     """Return the recipe with its adapter section as an `AdapterConfig`, the types of its fields checked."""
-    section: Any = recipe.adapter
-    if not section:
+    section: Any = recipe.adapter or {}
+    if recipe.peft:
         return dataclasses.replace(recipe, adapter=None)
     from loraplex.tuner.config import AdapterConfig
 

@@ -151,7 +151,7 @@ class Recipe:
         """What is trained, in a few words."""
         if self.peft:
             return f"PEFT {str(self.peft.get('peft_type', '')).upper()}"
-        return "LoRA" if self.adapter is None else self.adapter.adapter.name
+        return "no adapter" if self.adapter is None else self.adapter.adapter.name
 
     @property
     def classes(self) -> tuple[str, ...]:

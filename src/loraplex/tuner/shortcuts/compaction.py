@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from loraplex.adapters.registry import REGISTRY, SaveFormat
+from loraplex.adapters.registry import REGISTRY, Axis, SaveFormat
 from loraplex.allocation.sites import is_edge
-from loraplex.allocation.uniform import Uniform
 from loraplex.tuner.options import AdapterOptions
 from loraplex.tuner.plans import adapt_exactly
 
@@ -47,7 +46,7 @@ def finished_options(config: AdapterOptions) -> AdapterOptions:
     # a file has names in one order
     written.target_modules = sorted(written.target_modules or ())
     written.exclude_modules = sorted(written.exclude_modules or ()) or None
-    written.allocation = Uniform(shortcuts=edges)
+    written.allocation = REGISTRY.default(Axis.ALLOCATION).options(shortcuts=edges)
     return written
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tests.tuner.tiny_models import llama
+from tests.tuner.tiny_models import llama, qwen2
 from tests.tuner.trainer_arguments import arguments as defaults
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -46,8 +46,8 @@ class TwoRates(Trainer):
         rate = self.args.learning_rate
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [p for name, p in named if "lora_B" not in name], "lr": rate},
-                {"params": [p for name, p in named if "lora_B" in name], "lr": RATIO * rate},
+                {"params": [p for name, p in named if "lora_B" not in name and p.ndim > 1], "lr": rate},
+                {"params": [p for name, p in named if "lora_B" in name or p.ndim == 1], "lr": RATIO * rate},
             ],
             weight_decay=0.1,
         )
@@ -180,3 +180,65 @@ def test_prolora_s_b_is_its_chunk_and_its_whole_ranks() -> None:
     assert found == {name for name, p in adapted.named_parameters() if "lora_B" in name}
     assert set(rated.values()) == {4}
     assert any(name.endswith("lora_B_unshared") for name in found)
+
+
+def with_groups(tensors: PeftModel, make: Any, *, vectors: bool = True) -> torch.optim.Optimizer:
+    """The optimizer that LoRA+'s own code builds: B and whatever has one dimension at the larger rate."""
+    named = [(name, p) for name, p in tensors.named_parameters() if p.requires_grad]
+    fast = [p for name, p in named if "lora_B" in name or (vectors and p.ndim == 1)]
+    slow = [p for _, p in named if not any(p is other for other in fast)]
+    return make([{"params": slow, "lr": 0.01}, {"params": fast, "lr": 0.01 * RATIO}])
+
+
+def loop(tensors: PeftModel, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for index in range(first, last):
+        batch = torch.tensor([ROWS[index % len(ROWS)]["input_ids"]])
+        optimizer.zero_grad()
+        tensors(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+
+
+def schedule_free(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(groups, warmup_steps=3, **settings)
+    optimizer.train()
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, schedule_free], ids=["adamw", "schedule-free"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_an_optimizer_keeps_in_its_groups_is_each_parts_own(make: Any, resumed: bool) -> None:
+    """Schedule-free optimizers sum weights that follow from the rate: two groups are the definition, bit for bit."""
+    mine, theirs = model(), model(loraplus_lr_ratio=1)
+    one = make([p for p in mine.parameters() if p.requires_grad], lr=0.01)
+    two = with_groups(theirs, make)
+    loop(mine, one, 0, 4)
+    if resumed:
+        other = make([p for p in mine.parameters() if p.requires_grad], lr=0.01)
+        other.load_state_dict(deepcopy(one.state_dict()))
+        one = other
+        if make is schedule_free:
+            one.train()
+    loop(mine, one, 4, 8)
+    loop(theirs, two, 0, 8)
+    expected = trained(theirs)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(mine).items())
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+def test_vectors_learn_at_the_larger_rate_as_published_or_not(vectors: bool) -> None:
+    options = {"factors": "lora", "combine": "magnitude", "loraplus_vectors": vectors}
+
+    def fresh(ratio: float) -> PeftModel:
+        config = AdapterConfig(
+            adapter={**options, "loraplus_lr_ratio": ratio}, r=3, target_modules=["q_proj"], seed=0, bias="all"
+        )
+        return get_peft_model(qwen2(), config)
+
+    mine, theirs = fresh(RATIO), fresh(1)
+    assert sum(p.ndim == 1 and p.requires_grad for p in mine.parameters()) == 2 + 6
+    loop(mine, torch.optim.AdamW([p for p in mine.parameters() if p.requires_grad], 0.01), 0, 4)
+    loop(theirs, with_groups(theirs, torch.optim.AdamW, vectors=vectors), 0, 4)
+    expected = trained(theirs)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(mine).items())

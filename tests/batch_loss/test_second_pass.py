@@ -1,5 +1,8 @@
 """The second pass that looks back at the first one is the full one, to rounding, gradients included, and cheaper."""
 
+import random
+
+import numpy
 import pytest
 import torch
 from tests.objectives.echoing import BLOCKS, BOUNDARIES, echoing, gradients, objective_of, options, padded, rows
@@ -107,3 +110,47 @@ def test_equal_lengths_without_padding():
     seen = tokens_through_blocks(model)
     compare(model, padded(given), given, exact=1e-7)
     assert seen[:2] == [16, 8]
+
+
+class Dropping(torch.nn.Module):
+    """A module whose training forward draws, in a way that no list of dropout modules tells."""
+
+    def __init__(self, kind, inner):
+        super().__init__()
+        self.kind, self.inner = kind, inner
+        self.module = {"Dropout1d": torch.nn.Dropout1d, "AlphaDropout": torch.nn.AlphaDropout}.get(kind)
+        self.module = None if self.module is None else self.module(0.4)
+
+    def forward(self, *args, **kwargs):
+        y = self.inner(*args, **kwargs)
+        if not self.training:
+            return y
+        if self.module is not None:
+            return self.module(y)
+        if self.kind == "functional":
+            return torch.nn.functional.dropout(y, 0.4)
+        if self.kind == "python":
+            return y * (1 + random.random())
+        return y * (1 + numpy.random.rand())
+
+
+@pytest.mark.parametrize("kind", ["Dropout1d", "AlphaDropout", "functional", "python", "numpy"])
+def test_a_pass_that_draws_is_seen_while_it_runs(kind):
+    """The second pass then computes everything, with draws of its own."""
+    model = model_on_sdpa()
+    block = model.get_base_model().model.layers[1]
+    block.mlp = Dropping(kind, block.mlp).train()
+    seen = tokens_through_blocks(model)
+    model(**padded(rows()))
+    assert seen == [22, 22]
+    assert objective_of(model).report()["computed_again"] == 1
+
+
+def test_dropout_that_is_switched_on_later_is_seen_too():
+    model = model_on_sdpa()
+    seen = tokens_through_blocks(model)
+    model(**padded(rows()))
+    block = model.get_base_model().model.layers[1]
+    block.mlp = Dropping("functional", block.mlp).train()
+    model(**padded(rows()))
+    assert seen == [22, 11, 22, 22]
