@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, Resolved, SiteInit, scaling, uniform
 from loraplex.adapters.gates import GateRecord
-from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset
+from loraplex.adapters.registry import REGISTRY, Adapter, Axis, Capability, Method, Preset
 from loraplex.errors import UserError, nearest
 from loraplex.kernels.routed import balanced, routed_linear, softmax_gates, weighed
 from loraplex.option_values import is_whole
@@ -193,6 +193,26 @@ class Routing(Combine):
     def _record(self, gates: Tensor) -> None:
         if self.gates.on and not torch.compiler.is_compiling():
             self.gates.add(gates)
+
+
+def HydraLoRA(  # noqa: N802  (the method's name)
+    heads: int | Literal["auto"] = 4,
+    *,
+    top_k: int | None = None,
+    router: Literal["learned", "frozen", "uniform"] = "learned",
+    balance: float = 0.0,
+    dropout_per_head: bool = False,
+) -> Adapter:
+    """Return HydraLoRA: y = W0 x + b + s·Σ_i g_i(x) B_i A x, one A (r, in) under `heads` matrices B_i (out, r).
+
+    A router gives every token its gates g = softmax(W_g x) over the heads. What the options do stands with `Heads` and
+    `Route`, whose fields they are. Paper: Tian et al., arXiv 2404.19245.
+
+    Raises:
+        UserError: for values out of range.
+    """
+    route = Route(top_k=top_k, router=router, balance=balance, dropout_per_head=dropout_per_head)
+    return Adapter(Heads(heads), route)
 
 
 REGISTRY.add(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraplex.adapters.contracts import BaseWeight, Combine, Factors, GivenWeight, SiteInit
-from loraplex.adapters.registry import REGISTRY, Axis, Capability, Method, Preset, SaveFormat
+from loraplex.adapters.registry import REGISTRY, Adapter, Axis, Capability, Method, Preset, SaveFormat
 from loraplex.compat.torch import version_of
 from loraplex.kernels.magnitude import magnitude_linear, positive_root, row_norm, squared_row_norm
 
@@ -127,6 +127,18 @@ class _SquareCache:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return (_SquareCache, ())
+
+
+def DoRA(factors: Any = None) -> Adapter:  # noqa: N802  (the method's name)
+    """Return DoRA: W' = (m / n) ⊙ (W0 + BA) with a trained magnitude m (out,) and n = ‖W0 + BA‖ per output row.
+
+    `factors` are the options of what BA is made of, those of LoRA when absent: `DoRA(LoRA(use_rslora=True))`,
+    `DoRA(TiedLoRA())`. Paper: Liu et al., arXiv 2402.09353.
+
+    Raises:
+        UserError: for factors that are not one pair (A, B) per site.
+    """
+    return Adapter(REGISTRY.default(Axis.FACTORS).options() if factors is None else factors, Magnitude())
 
 
 REGISTRY.add(
