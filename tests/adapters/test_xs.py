@@ -123,10 +123,15 @@ def test_large_weights_are_decomposed_once(tmp_path, monkeypatch):
     assert file.stat().st_size > 1000
 
 
-def test_paths_that_do_not_check_the_base_are_refused():
-    for inject in (inject_adapter_in_model, lambda config, model: model.add_adapter(config)):
-        with pytest.raises(UserError, match="needs a PeftModel, because its file must be compared"):
-            inject(config(adapter="lora-xs"), build("llama"))
+def test_a_path_that_does_not_check_the_base_is_refused():
+    with pytest.raises(UserError, match="needs a PeftModel, because its file must be compared"):
+        inject_adapter_in_model(config(adapter="lora-xs"), build("llama"))
+
+
+@pytest.mark.usefixtures("native_adapters")
+def test_transformers_own_path_does_not_check_the_base_and_is_refused():
+    with pytest.raises(UserError, match="needs a PeftModel, because its file must be compared"):
+        build("llama").add_adapter(config(adapter="lora-xs"))
 
 
 def test_ranks_above_the_number_of_singular_vectors_are_refused():

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tests.allocation.scenes import batches
 from tests.tuner.tiny_models import llama
@@ -34,7 +33,7 @@ def arguments(folder: Path, **changed: Any) -> TrainingArguments:
 
 
 def train(model: PeftModel, folder: Path, resume: str | None = None, **changed: Any) -> Trainer:
-    trainer = Trainer(model, arguments(folder, **changed), train_dataset=Dataset.from_list(ROWS))
+    trainer = Trainer(model, arguments(folder, **changed), train_dataset=ROWS)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -1,17 +1,12 @@
 """What an allocation trains and what it keeps are two numbers, before, during and after."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from tests.allocation.scenes import batches
 from tests.tuner.tiny_models import config, llama
 
 from loraplex import ALoRA, HeteroLoRA, print_trainable_parameters, start_allocation
-from loraplex.training.reading import read_recipe
-from loraplex.training.run import train
 from loraplex.tuner.counting import count_parameters
 
 
@@ -70,14 +65,3 @@ def test_counting_needs_no_storage() -> None:
     with torch.device("meta"):
         model = adapted(HeteroLoRA(share=0.25))
     assert count_parameters(model).open == count_parameters(model).trainable
-
-
-def test_a_run_says_both_and_records_what_is_left(tiny_recipe: Path) -> None:
-    options = "{name: hetero, share: 0.25, unit: parameters, batches: 2, interval: 2}"
-    said: dict[str, str] = {}
-    result = train(read_recipe(tiny_recipe, ["--allocation", options]), say=said.__setitem__)
-    assert said["adapter"].endswith("; candidates: 1,856 parameters in 14 sites || budget: 464 parameters")
-    parameters = result.metrics["parameters"]
-    written = load_file(result.adapter / "adapter_model.safetensors")
-    assert parameters["deployed"] == sum(tensor.numel() for tensor in written.values())
-    assert 0 < parameters["deployed"] <= 464 < parameters["trainable"] == 1856

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.allocation.moving import DYNAMIC, MOVING, PROPORTIONAL, ROWS, adapted, arguments, state, step, train
 from tests.allocation.scenes import batches
+from tests.extras import TRL
+from tests.tuner.letters import letters
 from tests.tuner.tiny_models import llama
-from tests.tuner.trl_trainers import letters
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from loraplex import AdapterConfig, ALoRA, HeteroLoRA, start_allocation
@@ -85,9 +85,7 @@ def test_training_again_after_an_interruption_has_one_drive(tmp_path: Path) -> N
             if len(driving) == 3:
                 raise KeyboardInterrupt
 
-    trainer = Trainer(
-        adapted(MOVING), arguments(tmp_path), train_dataset=Dataset.from_list(ROWS), callbacks=[Interrupting()]
-    )
+    trainer = Trainer(adapted(MOVING), arguments(tmp_path), train_dataset=ROWS, callbacks=[Interrupting()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
@@ -135,7 +133,7 @@ def test_alora_gives_ranks_of_pissa_anew() -> None:
 
 def test_the_best_checkpoint_is_finished(tmp_path: Path) -> None:
     model = adapted(DYNAMIC)
-    data = Dataset.from_list(ROWS)
+    data = ROWS
     trainer = Trainer(
         model,
         arguments(
@@ -163,7 +161,9 @@ def test_a_checkpoint_on_the_way_is_our_own_type(allocation: Any, tmp_path: Path
     assert sum(key.endswith("factors.gate") for key in tensors) == 14
 
 
+@TRL
 def test_an_unmodified_sft_trainer_drives_too(tmp_path: Path) -> None:
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     tokens = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS]
@@ -230,7 +230,7 @@ def test_an_objective_goes_together_with_an_allocation(checkpointing: bool, tmp_
     states = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         model = adapted(DYNAMIC, objective={"name": "echo", "targets": [0], "sources": [2]})
-        trainer = Trainer(model, arguments(tmp_path, **kept), train_dataset=Dataset.from_list(rows))
+        trainer = Trainer(model, arguments(tmp_path, **kept), train_dataset=rows)
         trainer.train(resume_from_checkpoint=resume)
         assert [entry["step"] for entry in decisions(trainer.state.log_history)] == [0, 2, 4]
         states.append(state(model))

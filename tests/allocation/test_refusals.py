@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tests.allocation.moving import DYNAMIC, ROWS, adapted, arguments, train
 from tests.allocation.scenes import batches
 from transformers import Trainer
@@ -37,7 +36,7 @@ def test_batches_without_a_loss_are_refused() -> None:
 
 def test_what_would_train_copies_is_refused(tmp_path: Path) -> None:
     model = adapted(DYNAMIC, objective={"name": "echo", "targets": [0], "sources": [2]})
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
     given = {"model": model, "train_dataloader": trainer.get_train_dataloader()}
     for changed, words in (({"_n_gpu": 2}, "DataParallel"), ({"deepspeed": "ds.json"}, "DeepSpeed")):
         args = copy(trainer.args)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -177,7 +176,7 @@ def test_an_encoder_keeps_its_head_and_its_shortcuts(tmp_path: Path) -> None:
     options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "r": 4, "seed": 1}
     allocation = HeteroLoRA(batches=2, interval=2, share=0.4, shortcuts=True, separate_rankings=True)
     model = get_peft_model(bert(), AdapterConfig(allocation=allocation, **options))
-    trainer = Trainer(model, arguments(tmp_path, max_steps=5), train_dataset=Dataset.from_list(rows))
+    trainer = Trainer(model, arguments(tmp_path, max_steps=5), train_dataset=rows)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(bert(), tmp_path / "adapter").eval()

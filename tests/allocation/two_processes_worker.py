@@ -8,7 +8,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from peft import get_peft_model
 from tests.allocation.scenes import adapted
 from tests.tuner.tiny_models import config, llama
@@ -61,9 +60,7 @@ def driven(allocation, batches, parallel=False, seed=0):
 def under_a_trainer(folder):
     """The same under an unmodified Trainer, which gives each process rows of its own."""
     model = get_peft_model(llama(), config(allocation=HeteroLoRA(batches=2, interval=2)))
-    data = Dataset.from_list(
-        [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(16)]
-    )
+    data = [{"input_ids": list(range(5 + i, 15 + i)), "labels": list(range(5 + i, 15 + i))} for i in range(16)]
     given = arguments(Path(folder), max_steps=5, per_device_train_batch_size=2, ddp_backend="gloo")
     trainer = Trainer(model, TrainingArguments(**given), train_dataset=data)
     trainer.train()

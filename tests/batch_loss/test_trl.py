@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from tests.extras import FUSED_HEAD
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -13,12 +14,13 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
-from trl.trainer.utils import add_fused_lm_head
 
 from loraplex import AdapterConfig, UserError
 from loraplex.batch_loss import trl
 from loraplex.batch_loss.packing import pack, unsupported
 from loraplex.kernels.packed_attention import PACKED_ATTENTION
+
+pytestmark = FUSED_HEAD
 
 SIZES = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SFT = ("log_probs", "entropy", "is_top1")
@@ -33,6 +35,8 @@ def adapted(outputs=SFT, cohere=False, **head):
         base,
         AdapterConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, seed=1),
     )
+    from trl.trainer.utils import add_fused_lm_head
+
     add_fused_lm_head(model.get_base_model(), outputs=outputs, **head)
     return model
 

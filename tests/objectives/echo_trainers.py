@@ -1,20 +1,20 @@
 """Trainer and SFTTrainer over an Echo whose parts are drawn, for a few steps on rows of different lengths."""
 
+import pytest
 import torch
-from datasets import Dataset
+from tests.extras import TRL
 from tests.objectives.echoing import echoing, rows
+from tests.tuner.letters import letters
 from tests.tuner.trainer_arguments import arguments as defaults
-from tests.tuner.trl_trainers import letters
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 RANDOM = {"name": "echo", "probability": 0.6, "target_dropout": 0.2, "ramp": 0.5}
+KINDS = pytest.mark.parametrize("kind", ["trainer", pytest.param("sft", marks=TRL)])
 LENGTHS = [(3 + i % 4, 2 + (i * 5) % 6) for i in range(24)]
 
 
 def data():
-    given = rows(LENGTHS)
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in given], "labels": [labels for _, labels in given]})
+    return [{"input_ids": ids, "labels": labels} for ids, labels in rows(LENGTHS)]
 
 
 def arguments(folder, **overrides):
@@ -28,9 +28,12 @@ def fresh(objective=RANDOM, adapter="lora", dtype=torch.float32, moved=False, **
 def run(kind, model, folder, **overrides):
     """Return a Trainer or an SFTTrainer on these rows."""
     if kind == "sft":
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
         given = {"bf16": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         args = SFTConfig(**arguments(folder, **{**given, **overrides}))
-        return SFTTrainer(model=model, args=args, train_dataset=data(), processing_class=letters())
+        return SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(data()), processing_class=letters())
     collator = DataCollatorForSeq2Seq(letters(), padding=True)
     return Trainer(
         model=model,

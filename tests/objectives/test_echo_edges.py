@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tests.objectives.echo_trainers import fresh, run
+from tests.extras import TRL
+from tests.objectives.echo_trainers import KINDS, fresh, run
 from tests.objectives.echoing import BLOCKS, echoing, flattened, objective_of, options, padded, rows, targets_of
 from tests.tuner.tiny_models import VOCABULARY, config, llama, opt
-from tests.tuner.trl_trainers import other_loss
 from transformers import T5Config, T5ForConditionalGeneration
 
 from loraplex import UserError
@@ -19,7 +19,7 @@ def refused(match, call):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["trainer", "sft"])
+@KINDS
 def test_losses_that_the_trainer_computes_are_refused(kind, tmp_path):
     trainer = run(kind, fresh(), tmp_path, label_smoothing_factor=0.1)
     refused("needs the labels in every training forward.*label_smoothing_factor.*objective to plain", trainer.train)
@@ -28,13 +28,17 @@ def test_losses_that_the_trainer_computes_are_refused(kind, tmp_path):
     refused("needs the labels in every training forward.*compute_loss_func", trainer.train)
 
 
+@TRL
 def test_dft_is_refused(tmp_path):
     trainer = run("sft", fresh(), tmp_path, loss_type="dft")
     refused("loss_type is 'dft', which reweights the loss of the objective 'echo'", trainer.train)
 
 
+@TRL
 @pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
 def test_other_losses_of_trl_are_refused(name, tmp_path):
+    from tests.tuner.trl_trainers import other_loss
+
     refused(name, other_loss(name, fresh(), tmp_path).train)
 
 

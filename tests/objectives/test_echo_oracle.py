@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.extras import FUSED_HEAD
 from tests.objectives.echoing import (
     BOUNDARIES,
     echoing,
@@ -17,7 +18,6 @@ from tests.objectives.echoing import (
 from tests.reference import echo as oracle
 from tests.tuner.tiny_models import gpt2
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
-from trl.trainer.utils import add_fused_lm_head
 
 from loraplex.objectives.echo_networks import EchoNetworks, seeded
 
@@ -117,8 +117,14 @@ def test_a_model_with_conv1d_and_biases():
     assert gpt2().config.n_layer == 2
 
 
+def put_fused_head(base):
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+
+
 @BOTH
-@pytest.mark.parametrize("fused", [False, True], ids=["loss", "fused head"])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=FUSED_HEAD)], ids=["loss", "fused head"])
 @pytest.mark.parametrize("change", [{"logit_scale": 0.25}, {"logit_scale": 1.0}], ids=str)
 def test_the_models_logit_scale_is_kept(fused, change, second_pass, exact):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
@@ -128,15 +134,16 @@ def test_the_models_logit_scale_is_kept(fused, change, second_pass, exact):
     given = rows()
     extra = {}
     if fused:
-        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+        put_fused_head(model.get_base_model())
         extra = {"fused_lm_head": True}
     compare(model, {**padded(given), **extra}, given, exact=exact)
 
 
+@FUSED_HEAD
 def test_the_fields_that_trl_reads():
     model = echoing()
     given = rows()
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    put_fused_head(model.get_base_model())
     output = model(**padded(given), fused_lm_head=True)
     _, parts = oracle.loss(model, given, items=1, boundaries=BOUNDARIES, targets=targets_of(model))
     mask = padded(given)["labels"][:, 1:] != -100

@@ -7,15 +7,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.objectives.echo_trainers import RANDOM, fresh, history, run
+from tests.extras import TRL
+from tests.objectives.echo_trainers import KINDS, RANDOM, fresh, history, run
 from tests.objectives.echoing import BLOCKS, BOUNDARIES, echoing, items, objective_of, options, padded, rows, targets_of
 from tests.reference import echo as oracle
 from tests.tuner.tiny_models import llama, logits, same
 from transformers import TrainerCallback
 
 import loraplex
-
-KINDS = pytest.mark.parametrize("kind", ["trainer", "sft"])
 
 
 @KINDS
@@ -130,6 +129,7 @@ def test_gradient_checkpointing_changes_nothing(kind, reentrant, tmp_path):
     assert found[0] == found[1]
 
 
+@TRL
 def test_trls_padding_free_batches_pool_each_sequence_for_itself(tmp_path):
     found = []
     for padding_free, signal in ((False, "pooled"), (True, "pooled"), (True, "another")):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tests.tuner.tiny_models import llama, qwen2
 from tests.tuner.trainer_arguments import arguments as defaults
@@ -67,25 +66,25 @@ def test_a_trainer_that_knows_nothing_of_it_trains_as_with_two_groups(adapter: d
         return get_peft_model(llama(), config)
 
     mine, theirs = fresh(RATIO), fresh(1)
-    trainer = Trainer(mine, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    trainer = Trainer(mine, arguments(tmp_path), train_dataset=ROWS)
     trainer.train()
-    TwoRates(theirs, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS)).train()
+    TwoRates(theirs, arguments(tmp_path), train_dataset=ROWS).train()
     expected = trained(theirs)
     for name, tensor in trained(mine).items():
         torch.testing.assert_close(tensor, expected[name], msg=name)
     # the groups are as the trainer made them
     assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
     changed = fresh(1)
-    Trainer(changed, arguments(tmp_path), train_dataset=Dataset.from_list(ROWS)).train()
+    Trainer(changed, arguments(tmp_path), train_dataset=ROWS).train()
     assert any(not torch.allclose(trained(changed)[name], expected[name]) for name in expected)
 
 
 def test_resumed_training_equals_uninterrupted(tmp_path: Path) -> None:
     kept = {"save_strategy": "steps", "save_steps": 3}
     whole = model()
-    Trainer(whole, arguments(tmp_path, **kept), train_dataset=Dataset.from_list(ROWS)).train()
+    Trainer(whole, arguments(tmp_path, **kept), train_dataset=ROWS).train()
     resumed = model()
-    trainer = Trainer(resumed, arguments(tmp_path, **kept), train_dataset=Dataset.from_list(ROWS))
+    trainer = Trainer(resumed, arguments(tmp_path, **kept), train_dataset=ROWS)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, tensor in trained(whole).items():
         torch.testing.assert_close(trained(resumed)[name], tensor, rtol=0, atol=0)
@@ -155,7 +154,7 @@ def test_an_optimizer_that_does_not_hold_the_parameters_stops_training(tmp_path:
             self.optimizer = torch.optim.AdamW([nn.Parameter(flat)], lr=1e-2)
             return self.optimizer
 
-    trainer = Flat(model(), arguments(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    trainer = Flat(model(), arguments(tmp_path), train_dataset=ROWS)
     with pytest.raises(UserError, match="loraplus_lr_ratio would have no effect: AdamW does not hold"):
         trainer.train()
 

@@ -10,7 +10,10 @@ from tests.tuner.tiny_models import KINDS, build, config, frozen_copy, logits, m
 import loraplex
 from loraplex import UserError
 
+NATIVE = pytest.mark.usefixtures("native_adapters")
 
+
+@NATIVE
 def test_native_adapter_of_transformers_saves_as_plain_lora_and_reloads(tmp_path):
     model = build("llama")
     model.add_adapter(config())
@@ -23,6 +26,7 @@ def test_native_adapter_of_transformers_saves_as_plain_lora_and_reloads(tmp_path
     assert torch.equal(logits(loraplex.load_adapter(build("llama"), str(tmp_path))), expected)
 
 
+@NATIVE
 def test_native_adapters_beside_each_other():
     model = build("llama")
     model.add_adapter(config())

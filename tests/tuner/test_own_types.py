@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from tests.extras import TRL
 from tests.tuner.tiny_models import adapted, build, config, gradients, logits, same
 from tests.two_processes import run_two
 from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 import loraplex
 from loraplex.adapters.registry import SaveFormat, parse_adapter
@@ -24,7 +23,7 @@ EVERY = pytest.mark.parametrize("adapter", [*OWN, {"name": "lora", "init": "piss
 def rows(count=24, length=10):
     starts = torch.randint(2, 30, (count,), generator=torch.Generator().manual_seed(0))
     ids = [[int(start) + step for step in range(length)] for start in starts]
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+    return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def trainer(model, folder, **overrides):
@@ -75,15 +74,20 @@ def test_best_model_is_restored_and_written_out(adapter, tmp_path):
     torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=2e-6)
 
 
+@TRL
 @EVERY
 def test_sft_trainer_makes_the_adapter_from_its_config(adapter, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     options = SFTConfig(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     run = SFTTrainer(
-        model=build("llama"), args=options, train_dataset=rows(), peft_config=config(adapter=adapter),
+        model=build("llama"), args=options, train_dataset=Dataset.from_list(rows()),
+        peft_config=config(adapter=adapter),
         processing_class=_tokenizer(),
     )  # fmt: skip
     run.train()

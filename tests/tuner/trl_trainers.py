@@ -1,25 +1,15 @@
-"""TRL's trainers whose loss is not that of the labels alone, and a tokenizer of single letters for tiny models."""
+"""TRL's trainers whose loss is not that of the labels alone."""
 
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tests.tuner.tiny_models import VOCABULARY
+from tests.tuner.letters import letters
 from tests.tuner.trainer_arguments import arguments
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 PROMPTS = [f"what is {a} and 3? " for a in range(8)]
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that is enough for every text of the tests, within the tiny vocabulary."""
-    known = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .?:\n", *"0123456789"]
-    assert len(known) <= VOCABULARY
-    model = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(known)}, unk_token="<pad>"))
-    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def length_of(completions: list[str], **_: Any) -> list[float]:

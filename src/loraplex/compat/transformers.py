@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -73,3 +74,21 @@ def join_every_trainer(callback: type[Any]) -> None:
     callbacks: list[Any] = DEFAULT_CALLBACKS
     if callback not in callbacks:
         callbacks.append(callback)
+
+
+def checkpoints_calls(block: nn.Module) -> bool:
+    """Return whether a checkpoint goes around the whole call of a block, its hooks included.
+
+    transformers before 5.23 has a `__call__` of its own on blocks, which runs torch's under the checkpoint; later ones
+    checkpoint `forward`, which the hooks are outside of.
+    """
+    return type(block).__call__ is not nn.Module.__call__
+
+
+def checkpointing_argument(arguments: type) -> str:
+    """Return what a class of a Trainer's arguments calls checkpointing.
+
+    transformers 5.23 renamed gradient_checkpointing; it keeps the old name until 6, with a warning.
+    """
+    names = {entry.name for entry in dataclasses.fields(arguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"

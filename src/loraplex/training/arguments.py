@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig  # type: ignore[attr-defined]
 
+from loraplex.compat.transformers import checkpointing_argument
 from loraplex.errors import UserError, nearest
 from loraplex.training.recipe import Recipe
 
@@ -27,15 +28,15 @@ FROM_TRAINING = {
     "optim": "optimizer",
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
-    "activation_checkpointing": "gradient_checkpointing",
     "bf16": "autocast",
     "save_total_limit": "keep_checkpoints",
     "eval_steps": "eval_every",
     "load_best_model_at_end": "load_best",
     "logging_steps": "logging_every",
 }
-# The same for values that are translated, and for transformers' older names.
+# The same for values that are translated, and for arguments that transformers calls by one name or another.
 TRANSLATED = {
+    "activation_checkpointing": "training.gradient_checkpointing",
     "gradient_checkpointing": "training.gradient_checkpointing",
     "output_dir": "output",
     "seed": "seed",
@@ -64,6 +65,7 @@ def trainer_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     said: dict[str, Any] = {name: getattr(options, key) for name, key in FROM_TRAINING.items()}
     said |= {
         "output_dir": str(checkpoints),
+        checkpointing_argument(cls): options.gradient_checkpointing,
         "seed": recipe.seed,
         "max_steps": options.max_steps or -1,
         "save_strategy": "steps",

@@ -5,7 +5,8 @@ where a norm gets it or the block puts it out.
 
 transformers checkpoints a block's forward, outside of which the block's hooks are. What goes in and out besides (the
 previous block's f, this one's f and what is added behind it) therefore passes through the checkpoint as inputs and
-outputs of its function, so that both kinds of checkpoints give it its gradient.
+outputs of its function, so that both kinds of checkpoints give it its gradient. Before 5.23 it checkpointed the block's
+call, inside of which the hooks are: then only f passes through, and the module that holds the blocks arranges it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 
 from loraplex.allocation.sites import EDGES
 from loraplex.compat.torch import child_names, child_of
-from loraplex.compat.transformers import checkpoint_function, is_checkpointed, set_checkpoint_function
+from loraplex.compat.transformers import (
+    checkpoint_function,
+    checkpoints_calls,
+    is_checkpointed,
+    set_checkpoint_function,
+)
 from loraplex.errors import UserError
 from loraplex.tuner.layer import ADAPTERS, AdapterLayer
 from loraplex.tuner.shortcuts.layers import ShortcutLayer
@@ -39,11 +45,15 @@ class _Slot:
 class Stream:
     """The hooks of one block, and the state of the call that is running."""
 
-    def __init__(self, index: int, block: nn.Module, places: Places | None, slot: _Slot, before: Stream | None) -> None:
+    def __init__(
+        self, index: int, block: nn.Module, places: Places | None, slot: _Slot, before: Stream | None, holder: nn.Module
+    ) -> None:
         self.index, self.block, self.places, self.slot = index, block, places, slot
         self.after: Stream | None = None
         if before is not None:
             before.after = self
+        self.around: Callable[..., Any] | None = None
+        """The block's own checkpoint function while its whole call is checkpointed through ours."""
         self._clear()
         if places is None:
             self.handles = [block.register_forward_pre_hook(self._refuse)]
@@ -55,6 +65,9 @@ class Stream:
             block.register_forward_hook(self._leave, prepend=True, always_call=True),
             inside.register_forward_pre_hook(self._after_attention),
         ]
+        if checkpoints_calls(block):
+            self.handles.append(holder.register_forward_pre_hook(self._open_checkpoint))
+            self.handles.append(holder.register_forward_hook(self._close_checkpoint, always_call=True))
         if places.after_mlp is not None:
             last = block.get_submodule(places.after_mlp)
             self.handles.append(inside.register_forward_hook(self._normalized))
@@ -117,9 +130,43 @@ class Stream:
                     "gradient checkpointing to transformers, or shortcut_mlp out"
                 )
         function = checkpoint_function(block)
-        if block.training and is_checkpointed(block) and function is not None:
+        if self._is_checkpointed and function is not None and not checkpoints_calls(block):
             self.function = function
             set_checkpoint_function(block, self._checkpointed)
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        block = self.block
+        return block.training and is_checkpointed(block) and checkpoint_function(block) is not None
+
+    def _open_checkpoint(self, holder: nn.Module, args: Any) -> None:
+        if self._is_checkpointed and (self._sends or self.acts("shortcut_mlp")):
+            self.around = checkpoint_function(self.block)
+            set_checkpoint_function(self.block, self._checkpointed_call)
+
+    def _close_checkpoint(self, holder: nn.Module, args: Any, output: Any) -> None:
+        if self.around is not None:
+            set_checkpoint_function(self.block, self.around)
+            self.around = None
+
+    def _checkpointed_call(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Run the block's call under its own checkpoint function, with f as an input and an output of it."""
+        assert self.around is not None
+        sends, is_tuple = self._sends, False
+
+        def again(given: Tensor | None, *inner: Any) -> tuple[Any, ...]:
+            nonlocal is_tuple
+            # in the backward pass the slot is as the last forward pass left it
+            outer, self.slot.f = self.slot.f, given
+            try:
+                out = run(*inner)
+                is_tuple = isinstance(out, tuple)
+                return (self.slot.f if sends else None, *(out if is_tuple else (out,)))
+            finally:
+                self.slot.f = outer
+
+        self.slot.f, *out = self.around(again, self.slot.f, *args)
+        return tuple(out) if is_tuple else out[0]
 
     def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the block under its own checkpoint function, with what passes beside h as inputs and outputs of it."""
@@ -226,9 +273,10 @@ def open_streams(model: nn.Module, blocks: nn.ModuleList) -> None:
     if not any(parameter.is_meta for name, parameter in model.named_parameters() if ADAPTERS not in name):
         with _adapters_off(model):
             places = [*find_places(model, blocks)]
+    holder = next(module for module in model.modules() if any(child is blocks for child in module.children()))
     slot, before = _Slot(), None
     for index, block in enumerate(blocks):
-        before = Stream(index, block, places[index], slot, before)
+        before = Stream(index, block, places[index], slot, before, holder)
         block.__dict__[_STREAM] = before
 
 

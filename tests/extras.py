@@ -1,0 +1,20 @@
+"""Which tests need more than the core install; they are left out, with the reason, where it is not there."""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+NEEDS_TRL = "TRL is not installed: pip install 'loraplex[train]'"
+TRL = pytest.mark.skipif(find_spec("trl") is None, reason=NEEDS_TRL)
+
+
+def without_fused_head() -> str:
+    """Return why TRL's fused head cannot be tested here, nothing where it can."""
+    if find_spec("trl") is None:
+        return NEEDS_TRL
+    utils = import_module("trl.trainer.utils")
+    return "" if hasattr(utils, "add_fused_lm_head") else "this TRL has no fused head (add_fused_lm_head)"
+
+
+FUSED_HEAD = pytest.mark.skipif(without_fused_head() != "", reason=without_fused_head() or "not skipped")
