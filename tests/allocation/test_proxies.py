@@ -133,7 +133,7 @@ def test_a_proxy_that_sees_nothing_says_so_and_what_to_do(proxy: str) -> None:
     whole = context(adapted(identity=True))
     with pytest.raises(UserError, match=rf"{proxy} gives all 8 sites the score 0.*Take grad_norm, or scoring_init"):
         HeteroLoRA(proxy=proxy).revise(whole)
-    for way in ({"scoring_init": "random"}, {"of": "frozen"}):
+    for way in ({"scoring_init": "random"}, {"score_target": "frozen"}):
         decided = HeteroLoRA(proxy=proxy, **way).revise(whole)
         assert len(set(decided.scores.values())) > 1
         assert decided.remark == ""

@@ -49,7 +49,8 @@ def test_closed_ranks_do_not_move_and_start_anew(optimizer: str) -> None:
             closed, opened = gates[site] == 0, gates[site] == 1
             assert torch.equal(factors.lora_A[closed], before[site][0][closed])
             assert torch.equal(factors.lora_B[:, closed], before[site][1][:, closed])
-            assert not torch.equal(factors.lora_B[:, opened], before[site][1][:, opened])
+            # a site may be off altogether
+            assert not opened.any() or not torch.equal(factors.lora_B[:, opened], before[site][1][:, opened])
         output = model(**batch).logits.detach()
         drive.step()
         newly = {site: (f.gate == 1) & (gates[site] == 0) for site, f in layers.items()}

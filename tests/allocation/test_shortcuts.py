@@ -84,13 +84,13 @@ def test_the_other_proxies_score_shortcuts_and_leave_nothing_behind(proxy: str) 
             {"score_target": "frozen"},
             "score_target: frozen looks at the frozen weight of a site, and shortcuts have none",
         ),
-        ({"rankings": "three"}, "rankings is 'three': choose one, two"),
+        ({"separate_rankings": "three"}, "separate_rankings is 'three': give true or false"),
     ],
 )
 def test_what_shortcuts_cannot_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         HeteroLoRA(shortcuts=True, **options)
-    if "rankings" not in options:
+    if "separate_rankings" not in options:
         model = adapted(allocation=SHORTCUTS)
         how = Scoring(of=options.get("score_target", "adapter"))
         with pytest.raises(UserError, match="is a shortcut, which has no frozen weight"):
@@ -111,13 +111,13 @@ def forty() -> list[Candidate]:
     linear=st.integers(1, 20),
     edges=st.integers(0, 21),
     share=st.floats(0.01, 1),
-    rankings=st.sampled_from(["one", "two"]),
+    separate=st.booleans(),
     unit=st.sampled_from(["modules", "ranks", "parameters"]),
     seed=st.integers(0, 99),
 )
-def test_the_budget_is_floor_plus_round_and_never_exceeded(forty, linear, edges, share, rankings, unit, seed) -> None:
+def test_the_budget_is_floor_plus_round_and_never_exceeded(forty, linear, edges, share, separate, unit, seed) -> None:
     chosen = [*forty[:linear], *forty[20 : 20 + edges]]
-    hetero = HeteroLoRA(proxy="constant", share=share, unit=unit, rankings=rankings, shortcuts=True)
+    hetero = HeteroLoRA(proxy="constant", share=share, unit=unit, separate_rankings=separate, shortcuts=True)
     _, budget = hetero.start(chosen, lambda site: 4)
     if unit == "modules":
         assert budget.amount == int(share * linear + 1e-9) + round(share * edges)
@@ -126,7 +126,7 @@ def test_the_budget_is_floor_plus_round_and_never_exceeded(forty, linear, edges,
     if unit == "modules":
         on = revision.plan.adapted
         assert len(on) == budget.amount
-        if rankings == "two":
+        if separate:
             assert sum(is_edge(name) for name in on) == round(share * edges)
 
 

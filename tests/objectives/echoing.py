@@ -1,5 +1,7 @@
 """What the tests of the objective share: a small model with an echo, rows of different lengths, and their batches."""
 
+from types import MethodType
+
 import torch
 from peft import get_peft_model
 from tests.tuner.tiny_models import VOCABULARY, config, llama, move
@@ -19,6 +21,8 @@ def options(**changed):
 
 def echoing(objective=None, *, base=None, dtype=torch.float64, moved=True, **fields):
     base = llama(num_hidden_layers=BLOCKS) if base is None else base
+    if dtype == torch.float64:
+        in_float64(base)
     given = options() if objective is None else objective
     model = get_peft_model(
         base.to(dtype), config(objective=given, **fields), autocast_adapter_dtype=dtype == torch.float32
@@ -30,6 +34,17 @@ def echoing(objective=None, *, base=None, dtype=torch.float64, moved=True, **fie
         if isinstance(module, SiteLayer):
             module.oracle_options = (typed.factors, typed.combine)
     return model.train()
+
+
+def in_float64(base):
+    """Norms that compute in the type of their input: transformers' round to float32, which hides the tenth digit."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in base.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(forward, module)
 
 
 def objective_of(model):

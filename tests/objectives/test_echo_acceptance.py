@@ -12,6 +12,7 @@ from tests.tuner.tiny_models import config, llama, logits, same
 from loraplex import UserError
 from loraplex.kernels.distilled_head import Weights
 from loraplex.objectives.passes import Pass
+from loraplex.objectives.plain import Plain
 
 EVERY = pytest.mark.parametrize("adapter", ["lora", "dora"])
 
@@ -192,7 +193,7 @@ def test_detaching_leaves_nothing_behind(adapter):
         if "loraplex.objectives" in type(m.__dict__.get("_gradient_checkpointing_func")).__module__
     ]
     assert model.base_model.objectives() == {}
-    assert model.peft_config["default"].objective == "plain"
+    assert model.peft_config["default"].objective == Plain()
     model.base_model.detach_objective()
 
 

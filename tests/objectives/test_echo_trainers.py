@@ -15,6 +15,7 @@ from tests.tuner.tiny_models import llama, logits, same
 from transformers import TrainerCallback
 
 import loraplex
+from loraplex.objectives.plain import Plain
 
 
 @KINDS
@@ -72,7 +73,7 @@ def test_parts_are_logged_and_the_adapter_is_plain_at_the_end(kind, tmp_path):
         assert len(history(trainer, f"echo/{part}")) == 6
     assert 0 < sum(value > 0 for value in history(trainer, "echo/routed")) < 6
     assert len(history(trainer, "echo/gate")) == len(history(trainer, "echo/loss_on")) < 6
-    assert trainer.model.peft_config["default"].objective == "plain"
+    assert trainer.model.peft_config["default"].objective == Plain()
     trainer.save_model(tmp_path / "saved")
     stock = PeftModel.from_pretrained(llama(num_hidden_layers=BLOCKS), tmp_path / "saved")
     assert type(stock.base_model).__name__ == "LoraModel"
