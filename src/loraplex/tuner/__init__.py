@@ -1,4 +1,6 @@
-"""The border to PEFT: one tuner, one layer wrapper, one config for every method."""
+"""The border to PEFT: one tuner, one layer wrapper, one config for every method.
 
-# PEFT first: importing it triggers our registration, which needs this package to be importable already
-import peft  # noqa: F401
+Whoever imports anything of it has made PEFT know loraplex's own type.
+"""
+
+from loraplex.tuner import registration as registration
