@@ -28,8 +28,8 @@ from loraplex.methods import REGISTRY
 from loraplex.models.classifier import HEADS, classifier_from_config, load_classifier
 from loraplex.models.loading import load_model
 from loraplex.training.arguments import trainer_arguments
-from loraplex.training.documentation import adapter_keys
 from loraplex.training.grouping import of_one_group
+from loraplex.training.reading import adapter_names
 from loraplex.training.recipe import Recipe
 from loraplex.training.stock import Allocating, allocates, stock_config
 from loraplex.training.trainer import ClassifierTrainer, FiniteWatch, RunTrainer, Sealing, WatchedTrainer
@@ -69,7 +69,7 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
 
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with every field of the adapter section spelled out."""
-    names = {key.path.removeprefix("adapter.") for key in adapter_keys()}
+    names = adapter_names()
     config = adapter_config(recipe)
     if not isinstance(config, AdapterConfig):
         return recipe
