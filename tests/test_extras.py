@@ -32,16 +32,20 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("pretended")
 def test_what_is_missing_is_named_with_the_command_that_mends_it() -> None:
     with pytest.raises(UserError) as caught:
-        extras.require("train", "loraplex train")
+        extras.require("loraplex train", "train")
     assert str(caught.value) == (
         "loraplex train needs no-such-trainer, which is not installed: pip install 'loraplex[train]'"
     )
     with pytest.raises(
         UserError, match=r"x needs No_Such.Charts and no-such-trainer, which are not installed: .*compare"
     ):
-        extras.require("compare", "x")
-    extras.require("tasks", "what is installed")
-    extras.require("unheard", "what needs nothing")
+        extras.require("x", "compare")
+    with pytest.raises(UserError, match=r"x needs no-such-trainer, .* 'loraplex\[train\]'$"):
+        extras.require("x", "train", "tasks")
+    with pytest.raises(UserError, match=r"'loraplex\[train,compare\]'$"):
+        extras.require("x", "train", "compare")
+    extras.require("what is installed", "tasks")
+    extras.require("what needs nothing")
 
 
 @pytest.mark.usefixtures("pretended")

@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
 
 from loraplex.errors import UserError
 
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w.,-]+)\])?[^;]*;.*\bextra\s*==\s*['"]([\w.-]+)['"]""")
 
 
-def require(extra: str, what: str) -> None:
-    """Refuse `what` when a package of `extra` is not installed; a loraplex that is not installed at all is let through.
+def require(what: str, *extras: str) -> None:
+    """Refuse `what` when a package of these extras is not installed.
+
+    A loraplex that is not installed itself, but imported from its source, is let through.
 
     Raises:
         UserError: in one line, with the packages and the command that installs them.
     """
-    absent = list(_missing(extra))
-    if absent:
-        are = "is" if len(absent) == 1 else "are"
-        raise UserError(f"{what} needs {_listed(absent)}, which {are} not installed: pip install 'loraplex[{extra}]'")
+    missing = {extra: absent for extra in extras if (absent := list(_missing(extra)))}
+    if missing:
+        *others, last = dict.fromkeys(name for absent in missing.values() for name in absent)
+        names = f"{', '.join(others)} and {last}, which are" if others else f"{last}, which is"
+        raise UserError(f"{what} needs {names} not installed: pip install 'loraplex[{','.join(missing)}]'")
 
 
 def _missing(extra: str) -> Iterator[str]:
     """Yield the packages of `extra`, and of the extras that it includes, that are not installed."""
+    # Half of the time that a help page takes, which asks for no extra.
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    def is_installed(name: str) -> bool:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            return False
+        return True
+
     try:
         requirements = requires("loraplex") or []
     except PackageNotFoundError:
@@ -41,18 +53,5 @@ def _missing(extra: str) -> Iterator[str]:
         if name == "loraplex":
             for other in included.split(","):
                 yield from _missing(other)
-        elif not _is_installed(name):
+        elif not is_installed(name):
             yield name
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def _listed(names: list[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last

@@ -130,8 +130,7 @@ def _call(name: str, words: Sequence[str], traceback: bool) -> None:
     module = importlib.import_module(command.module)
     arguments = module.parser(f"loraplex {name}").parse(words)
     try:
-        for extra in command.extras:
-            require(extra, f"loraplex {name}")
+        require(f"loraplex {name}", *command.extras)
         with _plain_reports(debug=traceback):
             module.run(arguments)
     except (UserError, OSError) as error:

@@ -54,7 +54,7 @@ def split_of(question: str) -> Split:
 
 
 def _create(name: str, seed: int, size: int) -> Any:
-    require("tasks", f"{BUILTIN}{name}")
+    require(f"{BUILTIN}{name}", "tasks")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

@@ -123,7 +123,7 @@ def _excerpt(line: str) -> str:
 
 
 def _read_hub(source: str, config: str | None, split: str) -> list[Row]:
-    require("train", f"the data set '{source}'")
+    require(f"the data set '{source}'", "train")
     from datasets import load_dataset
 
     try:

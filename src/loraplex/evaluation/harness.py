@@ -31,7 +31,7 @@ def run_harness(
     Raises:
         UserError: the harness is not installed, a task is unknown, or its data cannot be fetched.
     """
-    require("eval", "--lm-eval")
+    require("--lm-eval", "eval")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
