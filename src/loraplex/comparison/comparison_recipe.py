@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from loraplex.errors import UserError, nearest
-from loraplex.training.documentation import recipe_keys
-from loraplex.training.reading import load_mapping, parse_overrides, recipe_from_mapping, resolve_key
-from loraplex.training.recipe import Recipe
+from loraplex.training.reading import known_paths, load_mapping, parse_overrides, recipe_from_mapping, resolve_key
+from loraplex.training.recipe import SHORT_FORMS, Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # What an arm may be called: its name is part of file names and of command lines.
@@ -115,7 +114,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         if key in known:
             mapping[key] = value
         else:
-            _set(shared, resolve_key(key, [*(entry.path for entry in recipe_keys())]), value)
+            _set(shared, resolve_key(key, known_paths()), value)
     _refuse_unknown(shared, known, str(path))
     if "arms" not in mapping:
         raise UserError(f"{path}: arms is missing: name the ways of adapting the model that are compared")
@@ -167,7 +166,7 @@ def _check_compute(compute_of: Mapping[str, str], options: CompareOptions, sourc
 
 
 def _refuse_unknown(shared: Mapping[str, Any], known: list[str], source: str) -> None:
-    top = {*known, *(key.path.partition(".")[0] for key in recipe_keys())}
+    top = {*known, *(path.partition(".")[0] for path in known_paths())}
     for key in shared:
         if key not in top:
             raise UserError(f"{source}: unknown key '{key}'.{nearest(str(key), top)}")
@@ -232,12 +231,8 @@ def _set(shared: dict[str, Any], path: str, value: Any) -> None:
         return
     entry = shared.get(section)
     if not isinstance(entry, dict):
-        entry = {} if entry is None else {_first_key(section): entry}
+        entry = {} if entry is None else {SHORT_FORMS[section]: entry}
     shared[section] = {**entry, name: value}
-
-
-def _first_key(section: str) -> str:
-    return next(key.path for key in recipe_keys() if key.section == section).partition(".")[2]
 
 
 def _heading(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from loraplex.data.examples import Row
 from loraplex.data.options import DataOptions, Split
 from loraplex.errors import UserError, nearest
+from loraplex.extras import require
 
 BENCHMARK = "benchmark:"
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -122,6 +123,7 @@ def _excerpt(line: str) -> str:
 
 
 def _read_hub(source: str, config: str | None, split: str) -> list[Row]:
+    require(f"the data set '{source}'", "train")
     from datasets import load_dataset
 
     try:
