@@ -111,10 +111,7 @@ def _compare(sweep: _Sweep) -> Comparison:
     _solve(sweep)
     contrasts = len(recipe.arms) - 1
     if contrasts and items:
-        seeds = len(recipe.options.seeds)
-        found = expected_detectable(items, seeds, contrasts)
-        assumed = " This assumes that accuracies differ by 2 points between seeds and that 15 % of the items decide."
-        sweep.say("beforehand", size_sentence(items, [seeds], contrasts, [found]) + assumed)
+        sweep.say("beforehand", _size(items, len(recipe.options.seeds), contrasts))
     if recipe.options.match == COMPUTE:
         _match_compute(sweep, dict.fromkeys(recipe.arms, ""))
     elif recipe.compute_of:
@@ -132,6 +129,15 @@ def _compare(sweep: _Sweep) -> Comparison:
     write_results(comparison, sweep.output)
     write_report([comparison], sweep.output)
     return comparison
+
+
+def _size(items: int, seeds: int, contrasts: int) -> str:
+    """Return what a comparison of this size could show, before anything has run."""
+    if seeds == 1:
+        return size_sentence(items, [seeds], contrasts, [])
+    found = expected_detectable(items, seeds, contrasts)
+    assumed = " This assumes that accuracies differ by 2 points between seeds and that 15 % of the items decide."
+    return size_sentence(items, [seeds], contrasts, [found]) + assumed
 
 
 def _arm(sweep: _Sweep, name: str, jobs: list[list[Job]], trials: list[Trial]) -> Arm:
