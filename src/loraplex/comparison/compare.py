@@ -13,12 +13,14 @@ from loraplex.allocation.plan import Plan
 from loraplex.comparison.budget import Counter, Solved, fixed, keeps_to, parse_budget, parse_match, solve
 from loraplex.comparison.collecting import collect, collect_base, environment
 from loraplex.comparison.grouped import joined, parts
-from loraplex.comparison.jobs import Job, Kind, make_job
+from loraplex.comparison.identity import Identifier
+from loraplex.comparison.jobs import Job, Kind, make_job, why_again
 from loraplex.comparison.recipe import ComparisonRecipe
 from loraplex.comparison.results import Arm, Comparison, Run, Trial, write_results
 from loraplex.comparison.sentences import size_sentence
 from loraplex.comparison.statistics import expected_detectable
-from loraplex.comparison.sweep import default_jobs, run_jobs
+from loraplex.comparison.sweep import default_jobs, make_workers, run_jobs
+from loraplex.comparison.workers import Workers
 from loraplex.errors import UserError
 from loraplex.training.preparation import adapter_config, settle
 from loraplex.training.recipe import Recipe, TrainingOptions
@@ -38,6 +40,7 @@ class _Sweep:
     recipe: ComparisonRecipe
     say: Say
     progress: bool
+    workers: Workers
     solved: dict[str, Solved] = field(default_factory=dict)
     budget: int | None = None
     rates: dict[str, float] = field(default_factory=dict)
@@ -46,17 +49,22 @@ class _Sweep:
     """Of the arms with one adapter per group: the training rows of the groups."""
     items: list[str] = field(default_factory=list)
     """The ids of the test rows, in their order."""
+    identifier: Identifier = field(default_factory=Identifier)
 
     @property
     def output(self) -> Path:
         return self.recipe.output
 
+    def job(self, kind: Kind, name: str, recipe: Recipe) -> Job:
+        """Return the job of a recipe in the folder of this comparison."""
+        return make_job(kind, name, recipe, self.output, self.identifier)
+
     def jobs(self, name: str, label: str, recipe: Recipe) -> list[Job]:
         """Return the jobs of one run of an arm: one, or one for each group of prompts."""
         if name not in self.sizes:
-            return [make_job(Kind.TRAIN, label, recipe, self.output)]
+            return [self.job(Kind.TRAIN, label, recipe)]
         of_groups = enumerate(parts(recipe, self.sizes[name]), start=1)
-        return [make_job(Kind.TRAIN, f"{label}-group{group}", part, self.output) for group, part in of_groups]
+        return [self.job(Kind.TRAIN, f"{label}-group{group}", part) for group, part in of_groups]
 
     def run(self, jobs: list[Job]) -> Run:
         """Return what became of one run of an arm."""
@@ -69,14 +77,23 @@ class _Sweep:
             # finished ones too: an earlier recipe may have left another file of that name
             job.write_recipe()
         waiting = [job for job in jobs if not job.finished]
-        if len(waiting) < len(jobs):
-            self.say(what, f"{len(jobs) - len(waiting)} of {len(jobs)} are there already")
-        at_once = self.recipe.options.jobs or default_jobs()
+        self.tell_reuse(jobs, waiting)
         with _bar(sum(job.steps for job in waiting), what, self.progress) as advance:
-            self.errors |= run_jobs(waiting, at_once, self.output / "logs", advance)
+            self.errors |= run_jobs(waiting, _at_once(self.recipe), self.output / "logs", self.workers, advance)
         for job in waiting:
             if job.name in self.errors:
                 self.say("failed", f"{job.name}: {self.errors[job.name]}")
+
+    def tell_reuse(self, jobs: list[Job], waiting: list[Job]) -> None:
+        """Say which jobs are there already, and why others, of which there is an earlier result, are not."""
+        if reused := [job.name for job in jobs if job not in waiting]:
+            self.say("reused", f"{len(reused)} of {len(jobs)}: {', '.join(reused)}")
+        again: dict[str, list[str]] = {}
+        for job in waiting:
+            if (reason := why_again(job)) is not None:
+                again.setdefault(reason, []).append(job.name)
+        for reason, names in again.items():
+            self.say("again", f"{', '.join(names)}: {reason}")
 
 
 def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, progress: bool = False) -> Comparison:
@@ -93,8 +110,8 @@ def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, pr
 
     recipe.output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(recipe.output / ".lock", timeout=0):
-            return _compare(_Sweep(recipe, say, progress))
+        with FileLock(recipe.output / ".lock", timeout=0), make_workers(_at_once(recipe)) as workers:
+            return _compare(_Sweep(recipe, say, progress, workers))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("what has finished is kept, the same command goes on from there") from None
     except Timeout:
@@ -129,6 +146,11 @@ def _compare(sweep: _Sweep) -> Comparison:
     write_results(comparison, sweep.output)
     write_report([comparison], sweep.output)
     return comparison
+
+
+def _at_once(recipe: ComparisonRecipe) -> int:
+    """Return how many jobs run at the same time."""
+    return recipe.options.jobs or default_jobs()
 
 
 def _size(items: int, seeds: int, contrasts: int) -> str:
@@ -239,7 +261,7 @@ def _write_plan(sweep: _Sweep, name: str, solved: Solved, counter: Counter) -> N
 
 def _count_flops(sweep: _Sweep, names: Iterable[str]) -> dict[str, float]:
     """Return the operations per trained token of every arm whose count succeeded."""
-    jobs = {name: make_job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name), sweep.output) for name in names}
+    jobs = {name: sweep.job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name)) for name in names}
     sweep.carry_out(list(jobs.values()), "operations")
     return {name: job.metrics()["flops_per_token"] for name, job in jobs.items() if job.finished}
 
@@ -312,7 +334,7 @@ def _trial(run: Run, job: Job) -> Trial:
 def _base_job(sweep: _Sweep) -> Job:
     arm = sweep.recipe.arms[sweep.recipe.reference]
     bare = Recipe(output="", data=arm.data, model=arm.model, evaluation=arm.evaluation)
-    return make_job(Kind.BASE, "base", bare, sweep.output)
+    return sweep.job(Kind.BASE, "base", bare)
 
 
 def _run_jobs(sweep: _Sweep, name: str, seed: int) -> list[Job]:

@@ -20,8 +20,8 @@ def size_sentence(items: int, seeds: Collection[int], contrasts: int, detectable
     """
     if max(seeds) == 1:
         return (
-            f"With 1 seed and {items:,} {_plural(items, 'item')} nothing can be decided, however large a difference is: "
-            f"{ONE_SEED}."
+            f"With 1 seed and {items:,} {_plural(items, 'item')} nothing can be decided, however large a difference "
+            f"is: {ONE_SEED}."
         )
     corrected = f", corrected for {contrasts} contrasts" if contrasts > 1 else ""
     least, most = (_points(value(detectable)) for value in (min, max))
@@ -65,7 +65,9 @@ def verdict_sentence(
         return f"{arm} against {reference} is open{few} ({difference} over the items alone); {_outlook(estimate)}."
     # Without p a reader would wonder at an interval that leaves out zero.
     p_value = p_value if low > 0 or high < 0 else ""
-    return f"{arm} cannot be told apart from {reference} at this size{few} ({difference}{p_value}); {_outlook(estimate)}."
+    return (
+        f"{arm} cannot be told apart from {reference} at this size{few} ({difference}{p_value}); {_outlook(estimate)}."
+    )
 
 
 def left_out_sentences(

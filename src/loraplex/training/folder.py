@@ -83,7 +83,7 @@ class RunFolder:
     def _check_same(self, recipe: Recipe) -> None:
         if self.metrics.is_file():
             raise UserError(f"the run in '{self.path}' is finished: --overwrite trains it again")
-        before, now = _leaves(_plain(read_recipe(self.recipe))), _leaves(_plain(recipe))
+        before, now = leaves(plain_recipe(read_recipe(self.recipe))), leaves(plain_recipe(recipe))
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key) and not key.startswith(NOT_TRAINED_ON):
                 raise UserError(
@@ -166,17 +166,18 @@ def _umask() -> int:
     return mask
 
 
-def _plain(recipe: Recipe) -> Any:
+def plain_recipe(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as JSON would hold it: tuples and lists are the same."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
 
 
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     """Return {dotted path: value} of a nested mapping."""
     if not isinstance(tree, dict) or not tree:
         return {path: tree}
     return {
         leaf: value
         for key, branch in tree.items()
-        for leaf, value in _leaves(branch, f"{path}.{key}" if path else str(key)).items()
+        for leaf, value in leaves(branch, f"{path}.{key}" if path else str(key)).items()
     }
