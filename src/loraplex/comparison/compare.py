@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex.allocation.plan import Plan
 from loraplex.comparison.budget import Counter, Solved, fixed, keeps_to, parse_budget, parse_match, solve
 from loraplex.comparison.collecting import collect, collect_base, environment
+from loraplex.comparison.describing import describe, sources
 from loraplex.comparison.grouped import joined, parts
 from loraplex.comparison.identity import Identifier
 from loraplex.comparison.jobs import Job, Kind, make_job, why_again
@@ -23,7 +24,7 @@ from loraplex.comparison.sweep import default_jobs, make_workers, run_jobs
 from loraplex.comparison.workers import Workers
 from loraplex.errors import UserError
 from loraplex.training.preparation import adapter_config, settle
-from loraplex.training.recipe import Recipe, TrainingOptions
+from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
 
 if TYPE_CHECKING:
@@ -99,8 +100,9 @@ class _Sweep:
 def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, progress: bool = False) -> Comparison:
     """Carry out a comparison and return it; everything is in the folder `recipe.output`, the report included.
 
-    What is there already from an earlier, interrupted or smaller comparison is kept. A run that fails is reported, in
-    the results too, and ends none of the others.
+    What is there already from an earlier, interrupted or smaller comparison is kept, and reused where recipe, data, base
+    model, packages and code are the same: see `identity.py`. A run that fails is reported, in the results too, and ends
+    none of the others.
 
     Raises:
         UserError: for whatever the user can mend, before anything is trained.
@@ -350,23 +352,8 @@ def _run_jobs(sweep: _Sweep, name: str, seed: int) -> list[Job]:
 
 def _summary(sweep: _Sweep, name: str) -> str:
     reference = sweep.recipe.arms[sweep.recipe.reference]
-    summary = _describe(sweep.solved[name].recipe, reference.training)
+    summary = describe(sweep.solved[name].recipe, reference.training)
     return f"{summary}, one for each of {len(sweep.sizes[name])} groups" if name in sweep.sizes else summary
-
-
-def _describe(recipe: Recipe, common: TrainingOptions) -> str:
-    """Return an arm in a few words: the adapter, its rank, and where its training differs from the reference's."""
-    section: dict[str, Any] = recipe.peft or recipe.adapter
-    words = [recipe.adapter_name]
-    if "target_r" in section:
-        words.append(f"target_r={section['target_r']} init_r={section.get('init_r', 'default')}")
-    elif (rank := section.get("r", None if recipe.peft else AdapterConfig.r)) is not None:
-        uneven = len({rank, *section.get("rank_pattern", {}).values()}) > 1
-        words.append(f"r={rank}{'–' + str(rank + 1) if uneven else ''}")
-    for key, value in vars(recipe.training).items():
-        if value != getattr(common, key):
-            words.append(f"{key}={value}")
-    return " ".join(words)
 
 
 def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict[str, Any]) -> Comparison:
@@ -378,7 +365,7 @@ def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict
         description=recipe.description,
         command=f"loraplex compare {shlex.quote(str(recipe.path))}",
         model=first.model.name,
-        rows=_sources(first),
+        rows=sources(first),
         budget=asked,
         budget_parameters=sweep.budget,
         reference=recipe.reference,
@@ -387,14 +374,6 @@ def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict
         base=base,
         environment=versions,
     )
-
-
-def _sources(recipe: Recipe) -> str:
-    """Return where the rows come from, in a line."""
-    trained = " and ".join(recipe.data.sources("train"))
-    if recipe.data.test_share:
-        return f"{trained}, tested on {recipe.data.test_share:.0%} of the items"
-    return trained if recipe.data.test is None else f"{trained}, tested on {' and '.join(recipe.data.sources('test'))}"
 
 
 @contextmanager
