@@ -4,12 +4,11 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from tests.warm_python import WarmPython
 
 from loraplex.adapters.registry import Axis
 from loraplex.cli.main import COMMANDS
@@ -31,11 +30,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-def test_the_python_examples_run_and_their_adapters_load_in_peft(tmp_path: Path) -> None:
+def test_the_python_examples_run_and_their_adapters_load_in_peft(tmp_path: Path, stock_python: WarmPython) -> None:
     shortest, under_trl = blocks("python")
     assert len([line for line in shortest.splitlines() if line]) <= 5
     for example, dora in ((shortest, True), (under_trl, False)):
-        subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
+        done = stock_python.run("-c", example, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         loaded = PeftModel.from_pretrained(load_model("embedded"), str(tmp_path / "my-adapter"))
         assert loaded.peft_config["default"].use_dora == dora
 

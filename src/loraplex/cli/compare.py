@@ -20,7 +20,8 @@ DESCRIPTION = """Compare ways of adapting one model on one task, as the file REC
 
 Every arm gets the same rows in the same order and the same budget of trainable parameters; the differences come
 with intervals that allow for seeds and items. Called again, it goes on where it stopped; arms and seeds that are
-added later reuse what is there. The output folder gets report.html, results.json and CSV files."""
+added later reuse what is there, as long as data, base model, packages and loraplex's code are the same. The output
+folder gets report.html, results.json and CSV files."""
 
 
 def parser(prog: str) -> RecipeParser:

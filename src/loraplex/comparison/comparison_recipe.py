@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -16,6 +16,7 @@ from loraplex.training.reading import known_paths, load_mapping, parse_overrides
 from loraplex.training.recipe import SHORT_FORMS, Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Options = TypeVar("Options")
 # What an arm may be called: its name is part of file names and of command lines.
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -120,7 +121,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         raise UserError(f"{path}: arms is missing: name the ways of adapting the model that are compared")
     if "seed" in shared:
         raise UserError(f"{path}: a comparison has seeds, not a seed")
-    options = _options({key: mapping[key] for key in known if key in mapping}, str(path))
+    options = _validated(CompareOptions, {key: mapping[key] for key in known if key in mapping}, str(path))
     arms, rates, own_rank, compute_of = {}, {}, set(), {}
     groups: dict[str, int | Literal["auto"]] = {}
     for name, changes in options.arms.items():
@@ -172,9 +173,10 @@ def _refuse_unknown(shared: Mapping[str, Any], known: list[str], source: str) ->
             raise UserError(f"{source}: unknown key '{key}'.{nearest(str(key), top)}")
 
 
-def _options(mapping: dict[str, Any], source: str) -> CompareOptions:
+def _validated(kind: type[Options], mapping: Mapping[str, Any], source: str) -> Options:
+    """Return the options in a mapping; as JSON, because strict validation then takes a list for a tuple."""
     try:
-        return TypeAdapter(CompareOptions).validate_json(json.dumps(mapping, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(dict(mapping), default=str), strict=True)
     except ValidationError as failure:
         raise _explained(failure, source) from failure
 
@@ -190,10 +192,7 @@ def _arm(changes: Any, source: str) -> ArmOptions:
     for key in changes:
         if key not in names:
             raise UserError(f"{source}: unknown key '{key}'.{nearest(str(key), names)}")
-    try:
-        return TypeAdapter(ArmOptions).validate_json(json.dumps(dict(changes), default=str), strict=True)
-    except ValidationError as failure:
-        raise _explained(failure, source) from failure
+    return _validated(ArmOptions, changes, source)
 
 
 def _explained(failure: ValidationError, source: str) -> UserError:
