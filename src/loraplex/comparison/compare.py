@@ -100,9 +100,9 @@ class _Sweep:
 def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, progress: bool = False) -> Comparison:
     """Carry out a comparison and return it; everything is in the folder `recipe.output`, the report included.
 
-    What is there already from an earlier, interrupted or smaller comparison is kept, and reused where recipe, data, base
-    model, packages and code are the same: see `identity.py`. A run that fails is reported, in the results too, and ends
-    none of the others.
+    What is there already from an earlier, interrupted or smaller comparison is kept, and reused where recipe, data,
+    base model, packages and code are the same: see `identity.py`. A run that fails is reported, in the results too, and
+    ends none of the others.
 
     Raises:
         UserError: for whatever the user can mend, before anything is trained.
