@@ -58,8 +58,9 @@ def _train(recipe: Recipe) -> None:
 
 
 def _measure_base(recipe: Recipe) -> None:
+    from loraplex.files import write_json
     from loraplex.models.loading import load_tokenizer
-    from loraplex.training.folder import RunFolder, write_json
+    from loraplex.training.folder import RunFolder
     from loraplex.training.measuring import measure
     from loraplex.training.preparation import load_base, read_rows
 
@@ -73,10 +74,11 @@ def _measure_base(recipe: Recipe) -> None:
 
 
 def _count_flops(recipe: Recipe) -> None:
+    from loraplex.files import write_json
     from loraplex.models.loading import load_tokenizer
     from loraplex.training import preparation
     from loraplex.training.flops import flops_per_token
-    from loraplex.training.folder import RunFolder, write_json
+    from loraplex.training.folder import RunFolder
 
     folder = RunFolder(recipe.output)
     folder.path.mkdir(parents=True, exist_ok=True)

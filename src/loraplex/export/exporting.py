@@ -30,10 +30,10 @@ from loraplex.export.subject import Subject
 from loraplex.export.target import Target, Writing
 from loraplex.export.targets import TARGETS, refusal
 from loraplex.export.verification import TOLERANCE, check, read_prompts
+from loraplex.files import fill_atomically, recover
 from loraplex.models.adapted import adapt, adapter_folder, base_name
 from loraplex.models.agreement import Agreement, compare, model_logits
 from loraplex.models.loading import load_config, load_model, load_tokenizer
-from loraplex.training.folder import fill_atomically
 from loraplex.tuner.adapter_folder import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,6 +182,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: when `output` is a file, or a folder with something else in it.
     """
+    recover(output.resolve())
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file: give a folder")
     if not output.is_dir() or not any(output.iterdir()):
