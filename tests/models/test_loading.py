@@ -11,7 +11,8 @@ from transformers.utils import logging as transformers_logging
 
 from loraplex.errors import UserError
 from loraplex.models import embedded
-from loraplex.models.loading import load_model, load_tokenizer, quiet, resolve_model
+from loraplex.models.loading import load_model, load_tokenizer, resolve_model
+from loraplex.models.quiet import quiet
 
 
 @pytest.fixture

@@ -56,7 +56,8 @@ def generate(
     from transformers import TextStreamer, set_seed
 
     from loraplex.models.adapted import base_name, load_adapted, refuse_classifier
-    from loraplex.models.loading import load_tokenizer, quiet
+    from loraplex.models.loading import load_tokenizer
+    from loraplex.models.quiet import quiet
 
     refuse_classifier(adapter, "generate")
     base = model or base_name(adapter)

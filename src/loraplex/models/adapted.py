@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from loraplex.errors import UserError
 from loraplex.models.classifier import load_classifier
-from loraplex.models.loading import DType, load_model, quiet
+from loraplex.models.loading import DType, load_model
+from loraplex.models.quiet import quiet
 from loraplex.training import base_model
 from loraplex.tuner.adapter_folder import local_folder, read_config
 from loraplex.tuner.loading import load_adapter
