@@ -19,7 +19,8 @@ from tests.tuner.tiny_models import gpt2
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import add_fused_lm_head
 
-from loraplex.objectives.echo_networks import EchoNetworks, seeded
+from loraplex.objectives.echo_networks import EchoNetworks
+from loraplex.seeds import seeded
 
 ADAPTERS = [
     "lora",

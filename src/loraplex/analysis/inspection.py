@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.adapters.registry import Capability, Deployed
+from loraplex.allocation.sites import kind_of
 from loraplex.analysis.routing import by_task, plain
 from loraplex.analysis.spectrum import singular_values, stable_rank
 from loraplex.data import DataOptions, read_examples, tokenize
@@ -47,8 +48,8 @@ class SiteReport:
 
     @property
     def kind(self) -> str:
-        """The last part of its name."""
-        return self.name.rpartition(".")[2]
+        """The kind of its site."""
+        return kind_of(self.name)
 
 
 @dataclass(frozen=True)

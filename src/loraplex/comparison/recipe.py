@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from loraplex.errors import UserError, nearest
 from loraplex.training.documentation import recipe_keys
-from loraplex.training.reading import load_mapping, parse_overrides, recipe_from_mapping, resolve_key
+from loraplex.training.reading import first_key, load_mapping, parse_overrides, recipe_from_mapping, resolve_key
 from loraplex.training.recipe import Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -230,14 +230,10 @@ def _set(shared: dict[str, Any], path: str, value: Any) -> None:
     if not name:
         shared[section] = value
         return
-    entry = shared.get(section)
+    entry, keys = shared.get(section), (key.path for key in recipe_keys())
     if not isinstance(entry, dict):
-        entry = {} if entry is None else {_first_key(section): entry}
+        entry = {} if entry is None else {first_key(section, keys).partition(".")[2]: entry}
     shared[section] = {**entry, name: value}
-
-
-def _first_key(section: str) -> str:
-    return next(key.path for key in recipe_keys() if key.section == section).partition(".")[2]
 
 
 def _heading(text: str) -> str:

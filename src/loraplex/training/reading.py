@@ -139,7 +139,7 @@ def _flatten(mapping: Mapping[str, Any], known: list[str], source: str) -> Itera
                 yield path, leaf
         elif key in sections:
             if value is not None:
-                yield _first_key(str(key), known), value
+                yield first_key(str(key), known), value
         elif key in known:
             yield key, value
         else:
@@ -154,7 +154,8 @@ def _spread(key: str, value: Any, known: list[str]) -> Iterable[tuple[str, Any]]
         yield resolve_key(key, known), value
 
 
-def _first_key(section: str, known: list[str]) -> str:
+def first_key(section: str, known: Iterable[str]) -> str:
+    """Return the dotted path of a section's first key, which a bare value of that section sets."""
     return next(path for path in known if path.startswith(section + "."))
 
 
@@ -167,7 +168,7 @@ def resolve_key(key: str, known: list[str]) -> str:
     if parent is not None:
         return key
     if any(path.startswith(key + ".") for path in known):
-        return _first_key(key, known)
+        return first_key(key, known)
     matches = [path for path in known if path.rpartition(".")[2] == key]
     if not matches:
         raise _unknown(key, known, "command line", dashes="--")
