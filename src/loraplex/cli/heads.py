@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from loraplex.analysis.clustering import Grouping
     from loraplex.data import Example
+    from loraplex.data.clustering import Grouping
 
 
 @click.command()
@@ -49,7 +49,7 @@ def heads(sources: tuple[str, ...], **arguments: Any) -> None:
         raise UserError(f"output '{output}' is a file: give a folder")
     examples = _read(sources, arguments)
 
-    from loraplex.analysis.clustering import group_texts
+    from loraplex.data.clustering import group_texts
 
     found = group_texts(
         [example.asked for example in examples],
