@@ -86,7 +86,7 @@ def _layers(result: Result) -> Drawn:
     y = alt.Y("name:N", sort=[row["name"] for row in rows], title=None, axis=_names())
     x = alt.X("median:Q", title="times as fast as PEFT's layer, forward and backward; intervals of the median")
     base, color = chart_of(rows), alt.Color("adapter:N", legend=alt.Legend(title=None))
-    bars = base.mark_bar(opacity=0.75).encode(x=x, y=y, color=color)
+    bars = base.mark_bar().encode(x=x, y=y, color=color)
     spans = base.mark_rule(color=LIGHT.ink, strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=y)
     even = chart_of([{"median": 1}]).mark_rule(color=LIGHT.ink).encode(x=x)
     return alt.layer(bars, spans, even).properties(width=420, height=18 * len(rows)), ""

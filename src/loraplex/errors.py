@@ -6,6 +6,9 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+# As the allocators of torch and the system say it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
 
 class UserError(ValueError):
     """A mistake the user can mend. The message is one line: the thing, its value, the remedy.
@@ -46,4 +49,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)

@@ -222,6 +222,6 @@ def _is_in_use(entry: Path, what: str) -> bool:
         return False
     try:
         # A process that began later has got the number of the one that is gone.
-        return psutil.Process(int(number)).create_time() - _CLOCK_ERROR <= _made(entry)
+        return bool(psutil.Process(int(number)).create_time() - _CLOCK_ERROR <= _made(entry))
     except psutil.Error:
         return False

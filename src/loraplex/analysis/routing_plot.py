@@ -37,7 +37,8 @@ def draw_routing(path: Path, routing: Mapping[str, Any], title: str) -> None:
         charts.append(_heads(tasks))
     chart = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent")
     heads = next((len(load["load"]) for sites in tasks.values() for load in sites.values()), 0)
-    save_picture(path, chart, title, f"mean gate of each of the {heads} heads, task by task" if heads else "")
+    subtitle = f"mean gate of each of the {heads} heads, task by task; sites by kind, first layer on top"
+    save_picture(path, chart, title, subtitle if heads else "")
 
 
 def _course(course: Sequence[Mapping[str, Any]]) -> alt.Chart:
