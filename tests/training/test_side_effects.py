@@ -44,7 +44,7 @@ def test_an_interruption_puts_the_handler_back() -> None:
 
 def test_memory_is_measured_without_a_module_that_windows_lacks() -> None:
     code = (
-        "import sys; sys.modules['resource'] = None\n"
+        "import psutil, torch, sys; sys.modules['resource'] = None\n"
         "from loraplex.training.memory import peak, start_peak\n"
         "start = start_peak(); kept = bytearray(1 << 26)\n"
         "assert 0 < start < peak()\n"

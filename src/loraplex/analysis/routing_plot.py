@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraplex.allocation.sites import kind_of
 from loraplex.plots import LIGHT, chart_of, save_picture
-
-if TYPE_CHECKING:
-    import altair as alt
 
 _MOST_ROWS = 240
 _ROW, _HEAD = 5, 18
@@ -41,7 +38,7 @@ def draw_routing(path: Path, routing: Mapping[str, Any], title: str) -> None:
     save_picture(path, chart, title, subtitle if heads else "")
 
 
-def _course(course: Sequence[Mapping[str, Any]]) -> alt.Chart:
+def _course(course: Sequence[Mapping[str, Any]]) -> Any:
     import altair as alt
 
     rows = [
@@ -67,7 +64,7 @@ def _course(course: Sequence[Mapping[str, Any]]) -> alt.Chart:
     )
 
 
-def _heads(tasks: Mapping[str, Any]) -> alt.FacetChart:
+def _heads(tasks: Mapping[str, Any]) -> Any:
     """Return a block per kind of site and task, in it a row per site and a column per head."""
     import altair as alt
 
@@ -90,7 +87,7 @@ def _heads(tasks: Mapping[str, Any]) -> alt.FacetChart:
     )
     tall = _ROW * max(sum(kind_of(site) == kind for site in sites) for kind in kinds)
     wide = max(_HEAD * heads, *(_LETTER * len(name) for name in names.values()))
-    header = {"title": None, "labelColor": LIGHT.ink, "labelFontSize": 12}
+    header: dict[str, Any] = {"title": None, "labelColor": LIGHT.ink, "labelFontSize": 12}
     # Room for the title above a single block.
     wide = max(wide, 240) if len(names) == 1 else wide
     return (
