@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import altair as alt
 
-_OURS, _PEER, _LIMIT = "#1f6f8b", "#c8c8c8", "#99a8b2"
+from loraplex.plots import LIGHT, chart_of, save_picture
+
+_OURS, _PEER, _LIMIT, _LABELS = LIGHT.arms[0], "#c9ced4", LIGHT.front, 330
 _SHORT = {
     "ours": "loraplex",
     "ours-lora": "loraplex LoRA",
@@ -29,86 +29,101 @@ _SHORT = {
 }
 
 Result = dict[str, Any]
+Drawn = tuple[alt.TopLevelMixin, str]
+"""A chart and what stands under its title."""
 
 
 def draw(found: dict[str, Result], folder: Path) -> None:
     """Draw every plot whose result is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Text stays text, and the same result gives the same file.
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loraplex", "font.size": 9})
     for name, result in found.items():
         if name in _DRAWN:
-            figure = _DRAWN[name](result)
-            figure.savefig(folder / f"{name}.png", dpi=150)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            chart, subtitle = _DRAWN[name](result)
+            for form in (".png", ".svg"):
+                save_picture(folder / f"{name}{form}", chart, name.replace("-", ", "), subtitle)
 
 
-def _contest(result: Result) -> Figure:
+def _contest(result: Result) -> Drawn:
     """Rate and peak memory of every contestant."""
-    figure = Figure(figsize=(8, 0.4 * len(result["contestants"]) + 1), layout="constrained")
-    rates, peaks = figure.subplots(1, 2, sharey=True)
     contestants = result["contestants"]
-    names = sorted(contestants, key=lambda name: contestants[name]["rate"])
-    _bars(rates, names, [contestants[name]["rate"] for name in names], f"{result['unit']} per second")
-    _bars(peaks, names, [contestants[name]["peak_bytes"] / 1e9 for name in names], "peak memory, GB")
-    return figure
-
-
-def _bars(axes: Axes, names: list[str], values: list[float], title: str) -> None:
-    colors = [_LIMIT if name == "limit" else _OURS if name.startswith("ours") else _PEER for name in names]
-    bars = axes.barh([_SHORT.get(name, name) for name in names], values, color=colors)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
-    axes.set_title(title)
-    axes.margins(x=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _layers(result: Result) -> Figure:
-    """How many times faster than PEFT's every layer is, with the interval."""
-    layers = result["layers"][::-1]
-    figure = Figure(figsize=(7, 0.25 * len(layers) + 1), layout="constrained")
-    axes = figure.subplots()
-    names = [
-        f"{layer['adapter']} {layer['dtype']} {layer['in_features']}×{layer['out_features']}, {layer['tokens']} tokens"
-        for layer in layers
+    rows: list[Result] = [
+        {
+            "name": _SHORT.get(name, name),
+            "color": _LIMIT if name == "limit" else _OURS if name.startswith("ours") else _PEER,
+            "rate": contestants[name]["rate"],
+            "peak": contestants[name]["peak_bytes"] / 1e9,
+        }
+        for name in sorted(contestants, key=lambda name: -contestants[name]["rate"])
     ]
-    medians = [layer["median"] for layer in layers]
-    below = [layer["median"] - layer["low"] for layer in layers]
-    above = [layer["high"] - layer["median"] for layer in layers]
-    colors = [_OURS if layer["adapter"] == "dora" else "#6fb1c7" for layer in layers]
-    axes.barh(names, medians, xerr=[below, above], color=colors, ecolor="#444444", capsize=2)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_title("speed over PEFT's layer, forward and backward")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    rate, peak = f"{result['unit']} per second", "peak memory, GB"
+    return alt.hconcat(_bars(rows, "rate", rate), _bars(rows, "peak", peak), spacing=24), ""
 
 
-def _growth(result: Result) -> Figure:
+def _bars(rows: list[Result], key: str, title: str) -> alt.LayerChart:
+    y = alt.Y("name:N", sort=[row["name"] for row in rows], title=None, axis=_names())
+    # Room for the number behind the longest bar.
+    domain = [0, 1.15 * max(row[key] for row in rows)]
+    x = alt.X(f"{key}:Q", title=title, scale=alt.Scale(domain=domain, nice=False))
+    base = chart_of(rows).encode(x=x, y=y)
+    bars = base.mark_bar().encode(color=alt.Color("color:N", scale=None))
+    numbers = base.mark_text(align="left", dx=4, style="number").encode(text=alt.Text(f"{key}:Q", format=",.3~r"))
+    return alt.layer(bars, numbers).properties(width=280, height=24 * len(rows))
+
+
+def _names() -> alt.Axis:
+    return alt.Axis(labelLimit=_LABELS, labelOverlap=False, grid=False)
+
+
+def _layers(result: Result) -> Drawn:
+    """How many times faster than PEFT's every layer is, with the interval."""
+    rows: list[Result] = [
+        {key: layer[key] for key in ("median", "low", "high", "adapter")}
+        | {
+            "name": f"{layer['adapter']} {layer['dtype']} {layer['in_features']}×{layer['out_features']}, "
+            f"{layer['tokens']} tokens"
+        }
+        for layer in result["layers"]
+    ]
+    y = alt.Y("name:N", sort=[row["name"] for row in rows], title=None, axis=_names())
+    x = alt.X("median:Q", title="times as fast as PEFT's layer, forward and backward; intervals of the median")
+    base, color = chart_of(rows), alt.Color("adapter:N", legend=alt.Legend(title=None))
+    bars = base.mark_bar().encode(x=x, y=y, color=color)
+    spans = base.mark_rule(color=LIGHT.ink, strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=y)
+    even = chart_of([{"median": 1}]).mark_rule(color=LIGHT.ink).encode(x=x)
+    return alt.layer(bars, spans, even).properties(width=420, height=18 * len(rows)), ""
+
+
+def _growth(result: Result) -> Drawn:
     """Rate above, peak memory below, against rank, length and sites."""
-    axes_names = list(dict.fromkeys(point["axis"] for point in result["points"]))
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    grid = figure.subplots(2, len(axes_names), squeeze=False)
-    for column, axis in enumerate(axes_names):
-        points = [point for point in result["points"] if point["axis"] == axis]
-        values = [point["value"] for point in points]
-        for name, color in (("ours", _OURS), ("peft-best", "#888888")):
-            sides = [point["contestants"][name] for point in points]
-            rows = ([side["rate"] for side in sides], [side["peak_bytes"] / 1e9 for side in sides])
-            for axes, series in zip(grid[:, column], rows, strict=True):
-                axes.plot(values, series, marker="o", color=color, label=_SHORT[name])
-        for axes, title in zip(grid[:, column], ("real tokens per second", "peak memory, GB"), strict=True):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(values, [str(value) for value in values])
-            axes.set_ylim(0, 1.08 * max(max(line.get_ydata()) for line in axes.lines))
-            axes.set_xlabel(axis)
-            axes.set_title(title)
-            axes.spines[["top", "right"]].set_visible(False)
-    # between the two curves
-    grid[0, 0].legend(frameon=False, loc="center", bbox_to_anchor=(0.55, 0.38))
-    return figure
+    points: list[Result] = [
+        {
+            "axis": point["axis"],
+            "value": point["value"],
+            "who": _SHORT[name],
+            "rate": point["contestants"][name]["rate"],
+            "peak": point["contestants"][name]["peak_bytes"] / 1e9,
+        }
+        for point in result["points"]
+        for name in ("ours", "peft-best")
+    ]
+    colors = alt.Scale(domain=[_SHORT["ours"], _SHORT["peft-best"]], range=[_OURS, "#838a93"])
+    grid = []
+    for key, title in (("rate", "real tokens per second"), ("peak", "peak memory, GB")):
+        row = []
+        for axis in dict.fromkeys(point["axis"] for point in points):
+            here = [point for point in points if point["axis"] == axis]
+            values = sorted({point["value"] for point in here})
+            x = alt.X(
+                "value:Q", title=axis, scale=alt.Scale(type="log", base=2, nice=False), axis=alt.Axis(values=values)
+            )
+            lines = chart_of(here).mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=2)
+            color = alt.Color("who:N", scale=colors, legend=alt.Legend(title=None))
+            y = alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=True))
+            row.append(lines.encode(x=x, y=y, color=color).properties(width=240, height=170))
+        grid.append(alt.hconcat(*row, spacing=30))
+    return alt.vconcat(*grid, spacing=30), ""
 
 
-_DRAWN: dict[str, Callable[[Result], Figure]] = {
+_DRAWN: dict[str, Callable[[Result], Drawn]] = {
     "training-lora": _contest,
     "training-dora": _contest,
     "training-pair": _contest,

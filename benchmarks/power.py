@@ -20,6 +20,7 @@ from benchmarks.results import Plan
 from benchmarks.rounds import ROOT
 from benchmarks.terminal import errors, output
 from loraplex.comparison.paired import LEVEL, Array, MeanSquares, exact_p_value, random_effects_p_value
+from loraplex.files import write_atomically
 
 PAGE = ROOT / "docs" / "statistics.md"
 TESTS = ("loraplex", "Hillis", "items only")
@@ -172,7 +173,7 @@ def fill(result: Mapping[str, Any]) -> None:
         _, end, tail = rest.partition(f"<!-- end {name} -->")
         assert end, f"{PAGE.name} has no markers for {name}"
         text = head + begin + "\n".join(lines) + "\n" + end + tail
-    PAGE.write_text(text, encoding="utf-8")
+    write_atomically(PAGE, text)
     output.print(f"written to {PAGE.relative_to(ROOT)}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import plots, results
 from benchmarks.rounds import ROOT
 from benchmarks.terminal import output
+from loraplex.files import write_atomically
 
 PAGE = ROOT / "docs" / "performance.md"
 NAMES = {
@@ -65,7 +66,7 @@ def run(folder: Path) -> None:
         repeat = f"Repeat with `python -m benchmarks {_COMMANDS[name]}{rounds}`."
         body = "Not measured yet." if result is None else "\n\n".join([*_SECTIONS[name](result), _ran_on(result)])
         text = _filled(text, name, f"{body}\n\n{repeat}")
-    PAGE.write_text(text, encoding="utf-8")
+    write_atomically(PAGE, text)
     output.print(f"written to {PAGE.relative_to(ROOT)}")
 
 

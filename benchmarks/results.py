@@ -14,6 +14,7 @@ from benchmarks.environment import environment
 from benchmarks.ratios import Comparison
 from benchmarks.rounds import ROOT, Record
 from benchmarks.terminal import output
+from loraplex.files import write_json
 
 COMMITTED = ROOT / "benchmarks" / "results"
 QUICK = ROOT / "build" / "benchmarks"
@@ -41,9 +42,8 @@ def header(name: str, plan: Plan) -> dict[str, Any]:
 
 def write(result: dict[str, Any], plan: Plan) -> None:
     """Write a result under its name."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
     path = plan.folder / f"{result['benchmark']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     output.print(f"written to {path.relative_to(ROOT)}")
 
 

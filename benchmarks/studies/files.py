@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
+from loraplex.files import write_atomically
+
 
 def write_parts(folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Write NAME.jsonl for every part and say how many rows it has."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         lines = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_atomically(folder / f"{name}.jsonl", lines)
         click.echo(f"{len(part)} rows in {folder / name}.jsonl")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -18,22 +17,6 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("LORAPLEX_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loraplex"
-
-
-def write_whole(file: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `file` and put it in place: whole or not at all, also when processes race.
-
-    Raises:
-        OSError: when it cannot be written; nothing is left behind.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=f".part{file.suffix}")
-    os.close(handle)
-    try:
-        write(Path(name))
-        Path(name).replace(file)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tests.adapters.large_shapes import count
-from tests.analysis.topics import prompts
 from tests.contract.sites import build
+from tests.data.topics import prompts
 from tests.tuner.tiny_models import adapted, config, gradients, llama, logits, move, tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM

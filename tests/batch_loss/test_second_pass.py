@@ -51,7 +51,7 @@ def test_it_equals_the_full_one(adapter, change, lengths):
 def test_it_equals_the_oracle_when_samples_are_drawn():
     model = model_on_sdpa(routing="sample", probability=0.5)
     given, objective, kinds = rows(), objective_of(model), set()
-    from loraplex.objectives.echo_networks import seeded
+    from loraplex.seeds import seeded
 
     for step in range(5):
         objective.step = step

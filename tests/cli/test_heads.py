@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.analysis.topics import TOPICS, prompts
+from tests.data.topics import TOPICS, prompts
 
 from loraplex.cli.main import main
 

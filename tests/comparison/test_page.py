@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 from tests.comparison.simulated import ARMS, HOSTILE, OUT_OF_MEMORY, Kind, simulated, with_hostile_names
 
+from loraplex import plots
+from loraplex.analysis.rank_map import rank_cells
 from loraplex.comparison import table
 from loraplex.comparison.charts import draw
-from loraplex.comparison.curves import course, rank_map
-from loraplex.comparison.page import write_report
+from loraplex.comparison.curves import course
+from loraplex.comparison.page import arm_places, write_report
 from loraplex.comparison.results import Comparison
 from loraplex.comparison.scene import SHOWN, Plot
 from loraplex.comparison.statistics import summarize
-from loraplex.comparison.theme import DARK, LIGHT, SHAPES, arm_places
+from loraplex.plots import DARK, LIGHT, SHAPES
 
 SMALL = (Kind("lora", "lora r=4", 0.5, 4000, 1.0), Kind("dora", "dora r=4", 0.6, 4010, 1.2))
 
@@ -265,19 +267,19 @@ def test_columns_without_any_value_are_left_out(comparison: Comparison) -> None:
 @pytest.mark.parametrize(
     ("shown", "text"),
     [
-        (table.points(0.0123), "+1.2"),
-        (table.points(-0.0123), "−1.2"),
-        (table.points(-0.0001), "±0.0"),
-        (table.duration(42.345), "42.3 s"),
-        (table.duration(59.99), "60 s"),
-        (table.duration(259), "4 min 19 s"),
-        (table.duration(7260), "2 h 01 min"),
-        (table.in_bytes(999_950), "1.00 MB"),
-        (table.in_bytes(512), "512 B"),
-        (table.with_prefix(1.9e14), "190 T"),
-        (table.energy(0.0021), "2.10 Wh"),
-        (table.rate(5e-4), "5e-4"),
-        (table.rate(1.5e-3), "1.5e-3"),
+        (plots.points(0.0123), "+1.2"),
+        (plots.points(-0.0123), "−1.2"),
+        (plots.points(-0.0001), "±0.0"),
+        (plots.duration(42.345), "42.3 s"),
+        (plots.duration(59.99), "60 s"),
+        (plots.duration(259), "4 min 19 s"),
+        (plots.duration(7260), "2 h 01 min"),
+        (plots.in_bytes(999_950), "1.00 MB"),
+        (plots.in_bytes(512), "512 B"),
+        (plots.with_prefix(1.9e14), "190 T"),
+        (plots.energy(0.0021), "2.10 Wh"),
+        (plots.rate(5e-4), "5e-4"),
+        (plots.rate(1.5e-3), "1.5e-3"),
     ],
 )
 def test_numbers_are_written_as_people_read_them(shown: str, text: str) -> None:
@@ -295,13 +297,18 @@ def test_a_learning_curve_keeps_its_ends_and_its_level() -> None:
 
 
 def test_a_rank_map_is_sorted_by_layer_and_averages_over_seeds() -> None:
-    cells = rank_map(
+    cells = rank_cells(
         [
             {"lm_head": 3, "model.layers.10.mlp.up_proj": 4, "model.layers.2.mlp.up_proj": 8},
             {"lm_head": 5, "model.layers.10.mlp.up_proj": 4, "model.layers.2.mlp.up_proj": 0},
         ]
     )
-    assert cells == [("2", "mlp.up_proj", 4.0), ("10", "mlp.up_proj", 4.0), ("–", "lm_head", 4.0)]
+    assert cells == [("2", "up_proj", 4.0), ("10", "up_proj", 4.0), ("–", "lm_head", 4.0)]
+
+
+def test_sites_of_one_kind_in_a_layer_have_a_row_each_in_a_rank_map() -> None:
+    cells = rank_cells([{f"model.layers.0.mlp.experts.{expert}.w1": expert for expert in (1, 2)}])
+    assert cells == [("0", "mlp.experts.1.w1", 1.0), ("0", "mlp.experts.2.w1", 2.0)]
 
 
 # Machado, Oliveira and Fernandes (IEEE TVCG 15, 2009): full color blindness, in linear sRGB.

@@ -11,7 +11,8 @@ from transformers.utils import logging as transformers_logging
 
 from loraplex.errors import UserError
 from loraplex.models import embedded
-from loraplex.models.loading import load_model, load_tokenizer, quiet, resolve_model
+from loraplex.models.loading import load_model, load_pretrained, load_tokenizer, resolve_model
+from loraplex.models.quiet import quiet
 
 
 @pytest.fixture
@@ -119,3 +120,38 @@ def test_quiet_restores_the_settings_of_transformers() -> None:
     with quiet():
         assert not transformers_logging.is_progress_bar_enabled()
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+
+
+class TooLarge:
+    """A model for which no machine has the memory."""
+
+    @staticmethod
+    def from_pretrained(*args: object, **kwargs: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+class Broken:
+    """A model with a mistake in its code."""
+
+    @staticmethod
+    def from_pretrained(*args: object, **kwargs: object) -> None:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", None])
+def test_no_memory_is_not_blamed_on_the_name(folder: Path, name: str | None) -> None:
+    with pytest.raises(UserError, match="there is not enough memory") as caught:
+        load_pretrained(TooLarge, name or str(folder), "auto")
+    assert "check the" not in str(caught.value)
+
+
+def test_what_goes_wrong_in_torch_is_not_blamed_on_the_name() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        load_pretrained(Broken, "nobody/nothing", "auto")
+
+
+def test_weights_of_another_shape_are_blamed_on_the_folder(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(UserError, match=r"cannot load the model .*; check the folder"):
+        load_model(str(folder))

@@ -19,7 +19,8 @@ from tests.reference import echo as oracle
 from tests.tuner.tiny_models import gpt2
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from loraplex.objectives.echo_networks import EchoNetworks, seeded
+from loraplex.objectives.echo_networks import EchoNetworks
+from loraplex.seeds import seeded
 
 ADAPTERS = [
     "lora",

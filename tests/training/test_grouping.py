@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.analysis.topics import prompts
+from tests.data.topics import prompts
 
 from loraplex.errors import UserError
 from loraplex.models.loading import load_tokenizer

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraplex.cache import cache_dir, cache_enabled, write_whole
+from loraplex.cache import cache_dir, cache_enabled
+from loraplex.files import write_atomically
 from loraplex.kernels.truncated_svd import truncated_svd
 
 _WORTH_KEEPING = 1 << 18
@@ -50,7 +51,7 @@ def singular_bases(weight: Tensor, rank: int, *, exact: bool = False) -> Bases:
     # a cache that cannot be written costs time only
     with contextlib.suppress(OSError):
         tensors = {"u": bases.u.cpu(), "s": bases.s.cpu(), "vh": bases.vh.cpu()}
-        write_whole(file, partial(save_file, tensors))
+        write_atomically(file, partial(save_file, tensors), durable=False)
     return bases
 
 

@@ -6,7 +6,6 @@ A (r, in), B (out, r). The scale s is part of B wherever a pair is handed over, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from loraplex.compat.torch import version_of
 from loraplex.errors import UserError
 from loraplex.kernels.loss_scale import LossScale
 from loraplex.option_values import is_number, is_whole
+from loraplex.seeds import seeded
 
 _MULTIPLE = 16
 """Of how many ranks are computed, for the sake of matrix kernels."""
@@ -77,8 +77,7 @@ class SiteInit:
 
     def generator(self, name: str | None = None) -> torch.Generator:
         """Return a CPU generator seeded by (seed, `name` or the site's): sites do not depend on each other."""
-        digest = hashlib.sha256(f"{self.seed}:{self.name if name is None else name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return seeded(self.seed, self.name if name is None else name)
 
 
 @dataclass(frozen=True)

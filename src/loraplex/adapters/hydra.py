@@ -45,7 +45,7 @@ class Heads:
         """Return these options with the number of groups that k-means finds in `texts`, where it was left open."""
         if self.heads != "auto":
             return None
-        from loraplex.analysis.clustering import group_texts
+        from loraplex.data.clustering import group_texts
 
         found = group_texts(texts(), seed=seed)
         return Resolved(replace(self, heads=found.number), f"heads: {found.number}; {found.reason}", found.evidence())

@@ -6,7 +6,6 @@ state of the optimizer stay, and what is written at the end leaves the closed ra
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +21,7 @@ from loraplex.allocation.edges import Edges
 from loraplex.allocation.plan import Plan
 from loraplex.allocation.sites import Site
 from loraplex.errors import UserError
+from loraplex.seeds import seeded
 
 Gates = Mapping[str, Tensor]
 """By site name: (r,) of ones (open) and zeros (closed)."""
@@ -106,8 +106,7 @@ class ScoringContext:
 
     def generator(self) -> torch.Generator:
         """Return a generator that depends on the seed and the step, the same in every process."""
-        digest = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return seeded(self.seed, self.step)
 
 
 @dataclass(frozen=True)

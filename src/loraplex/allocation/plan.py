@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.errors import UserError
+from loraplex.files import write_json
 from loraplex.option_values import is_whole
 
 
@@ -30,7 +31,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, one site a line."""
-        path.write_text(json.dumps({"ranks": dict(self.ranks)}, indent=1) + "\n")
+        write_json(path, {"ranks": dict(self.ranks)})
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -40,7 +41,7 @@ class Plan:
             UserError: when the file is missing, is not JSON or does not hold ranks by site.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"no plan at {path}") from None
         except (IsADirectoryError, UnicodeDecodeError):

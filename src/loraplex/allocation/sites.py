@@ -18,6 +18,12 @@ def is_edge(name: str) -> bool:
     return name.rpartition(".")[2] in EDGES
 
 
+def kind_of(name: str) -> str:
+    """Return the kind of the site of that name, see `Site.kind`."""
+    own = name.rsplit(".", 1)[-1]
+    return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1] if own in _SEVERAL else own
+
+
 @dataclass(frozen=True)
 class Site:
     """One linear map of the base model, or an edge between two points of its residual stream."""
@@ -34,8 +40,7 @@ class Site:
 
         Where a block has several of that name, its whole path in the block (attention.output.dense).
         """
-        own = self.name.rsplit(".", 1)[-1]
-        return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1] if own in _SEVERAL else own
+        return kind_of(self.name)
 
     @property
     def edge(self) -> bool:

@@ -24,16 +24,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraplex.adapters.contracts import Factors
+from loraplex.allocation.sites import kind_of
 from loraplex.compat.peft import SAFETENSORS_WEIGHTS_NAME
 from loraplex.errors import UserError, nearest
 from loraplex.export.pairs import read_pairs
+from loraplex.plots import save_picture
 from loraplex.tuner.adapted_model import adapter_folder, load_adapted
 from loraplex.tuner.adapter_folder import check_weights, read_config
 from loraplex.tuner.model import LoraplexTuner
 
 Part = Literal["A", "B"]
 PARTS: tuple[Part, ...] = ("A", "B")
-FORMS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class FactorVector:
 
     @property
     def kind(self) -> str:
-        """The last part of its site's name."""
-        return self.site.rpartition(".")[2]
+        """The kind of its site."""
+        return kind_of(self.site)
 
 
 @dataclass(frozen=True)
@@ -120,27 +121,26 @@ def separations(vectors: Sequence[FactorVector]) -> list[Separation]:
 def draw_vectors(path: Path, vectors: Sequence[FactorVector], title: str) -> None:
     """Draw the map: one point a tensor, colored by adapter or head, circles for A and triangles for B.
 
-    Where A and B differ in length each gets a map of its own.
+    Where A and B differ in length each gets a map of its own, with a shape for every adapter or head.
 
     Raises:
         UserError: for lengths that differ within A or B, or fewer than four tensors.
     """
-    from loraplex.analysis.pictures import add_legend, blank, draw_points, label_map, save, t_sne
+    from loraplex.analysis.pictures import map_of, side_by_side, t_sne
 
     together = check_lengths(vectors)
-    panels = [list(vectors)] if together else [[v for v in vectors if v.part == part] for part in PARTS]
-    if any(len(panel) < 4 for panel in panels):
-        raise UserError(f"a map of {min(map(len, panels))} tensors shows nothing: name more adapters, or more sites")
-    figure = blank(7.4 if together else 12, 6.2)
-    for place, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place)
-        shapes = ["o" if vector.part == "A" else "^" for vector in panel]
-        draw_points(axes, t_sne(_stack(panel)), [vector.label for vector in panel], shapes)
-        label_map(axes)
-        if not together:
-            axes.set_title(f"{panel[0].part} alone", loc="left", fontsize=11)
-        add_legend(axes)
-    save(figure, path, title, "one point per tensor: ○ A, △ B")
+    panels: dict[str, list[FactorVector]] = {"A and B": list(vectors)}
+    if not together:
+        panels = {part: [vector for vector in vectors if vector.part == part] for part in PARTS}
+    if any(len(panel) < 4 for panel in panels.values()):
+        fewest = min(map(len, panels.values()))
+        raise UserError(f"a map of {fewest} tensors shows nothing: name more adapters, or more sites")
+    maps = {}
+    for name, panel in panels.items():
+        shapes = {"tensor": [vector.part for vector in panel]} if together else None
+        labels = [vector.label for vector in panel]
+        maps[name] = map_of(t_sne(_stack(panel)), labels, name if together else f"{name} alone", shapes)
+    save_picture(path, side_by_side(maps), title, "one point per tensor")
 
 
 def _separation(part: Part, vectors: Sequence[FactorVector]) -> Separation:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.adapters.registry import Capability, SaveFormat
+from loraplex.allocation.sites import kind_of
 from loraplex.analysis.spectrum import singular_values, stable_rank
 from loraplex.compat.peft import SAFETENSORS_WEIGHTS_NAME
 from loraplex.data import DataOptions, read_examples, tokenize
@@ -47,8 +48,8 @@ class SiteReport:
 
     @property
     def kind(self) -> str:
-        """The last part of its name."""
-        return self.name.rpartition(".")[2]
+        """The kind of its site."""
+        return kind_of(self.name)
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,30 @@
-"""Pictures of groups and maps: one look for all, in colors that color-blind readers tell apart, and with shapes."""
+"""Pictures of groups and maps, in colors that color-blind readers tell apart, and with shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.analysis.clustering import MOST_IN_TREE, Grouping, tree
-from loraplex.comparison.theme import LIGHT
+from loraplex.data.clustering import MOST_IN_TREE, Grouping, tree
+from loraplex.plots import LIGHT, SHAPES, chart_of, save_picture
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    import altair as alt
 
-# One fewer than the colors: color and shape together tell 42 apart.
-SHAPES = ("o", "s", "D", "^", "P", "v")
 # Rows on a map: more lie on top of each other, and take long.
 MOST_ON_MAP = 2_000
 # Merges of the tree that are drawn, the last ones.
 MOST_LEAVES = 30
+NOISE = "noise"
 _LEGEND_ROWS = 14
+_TREE, _LETTER = 300, 7
+"""Pixels of a tree's height, and of a letter."""
+_MAP = 400
+"""Pixels of a map's side."""
 
 Array = npt.NDArray[np.float64]
 
@@ -44,7 +46,6 @@ def draw_grouping(folder: Path, grouping: Grouping, tasks: Sequence[str], title:
 
     Returns the files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "curve.png", folder / "tree.png", folder / "map.png"]
     if len(grouping.partitions) > 1:
         draw_curve(files[0], grouping, title)
@@ -57,67 +58,73 @@ def draw_grouping(folder: Path, grouping: Grouping, tasks: Sequence[str], title:
 
 def draw_curve(path: Path, grouping: Grouping, title: str) -> None:
     """Draw inertia and silhouette over the number of groups; the suggestion is marked."""
-    figure = blank(9.6, 4.0)
-    numbers = [partition.groups for partition in grouping.partitions]
+    import altair as alt
+
     panels = (
-        ("inertia", [partition.inertia for partition in grouping.partitions], grouping.elbow, "elbow"),
-        ("silhouette", [partition.silhouette for partition in grouping.partitions], grouping.best_silhouette, "best"),
+        ("inertia", grouping.elbow, "elbow"),
+        ("silhouette", grouping.best_silhouette, "best"),
     )
-    for place, (name, values, chosen, word) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, 2, place)
-        axes.plot(numbers, values, color=LIGHT.arms[0], marker="o", markersize=4, linewidth=1.8)
-        axes.axvline(grouping.number, color=LIGHT.front, linewidth=1.2, linestyle="--", zorder=0)
-        if chosen in numbers:
-            value = values[numbers.index(chosen)]
-            axes.plot([chosen], [value], marker="o", markersize=10, color=LIGHT.arms[1], linestyle="none")
-            at_the_end = chosen > (numbers[0] + numbers[-1]) / 2
-            axes.annotate(
-                f"{word}: {chosen}",
-                (chosen, value),
-                xytext=(-9 if at_the_end else 9, 9),
-                textcoords="offset points",
-                ha="right" if at_the_end else "left",
-                color=LIGHT.ink,
-            )
-        label_axes(axes, "groups", name)
-        axes.set_xticks(numbers)
-        axes.margins(y=0.15)
-    save(figure, path, title, f"{grouping.method}, {len(grouping.points):,} texts; suggested: {grouping.number}")
+    charts = []
+    for name, chosen, word in panels:
+        rows = [{"groups": found.groups, name: getattr(found, name)} for found in grouping.partitions]
+        marked = [{**row, "word": f"{word}: {chosen}"} for row in rows if row["groups"] == chosen]
+        x = alt.X(
+            "groups:Q",
+            title="groups",
+            axis=alt.Axis(tickMinStep=1, format="d"),
+            scale=alt.Scale(zero=False, padding=24),
+        )
+        y = alt.Y(f"{name}:Q", title=name, scale=alt.Scale(zero=False, padding=24))
+        point = alt.OverlayMarkDef(size=36, color=LIGHT.arms[0])
+        charts.append(
+            alt.layer(
+                chart_of([{"groups": grouping.number}]).mark_rule(style="front").encode(x=x),
+                chart_of(rows).mark_line(color=LIGHT.arms[0], point=point, strokeWidth=2).encode(x=x, y=y),
+                chart_of(marked).mark_point(size=160, filled=True, opacity=1, color=LIGHT.arms[1]).encode(x=x, y=y),
+                chart_of(marked).mark_text(align="left", dx=9, dy=-9, style="label").encode(x=x, y=y, text="word:N"),
+            ).properties(width=340, height=240)
+        )
+    subtitle = f"{grouping.method}, {len(grouping.points):,} texts; suggested: {grouping.number}"
+    save_picture(path, alt.hconcat(*charts, spacing=36), title, subtitle)
 
 
 def draw_tree(path: Path, grouping: Grouping, title: str) -> None:
     """Draw the last merges of Ward's tree and where it is cut for the suggested number."""
+    import altair as alt
     from scipy.cluster.hierarchy import dendrogram  # type: ignore[import-untyped]
 
     rows = _some(len(grouping.points), min(MOST_IN_TREE, MOST_ON_MAP))
     merges = tree(grouping.points.points[rows])
-    figure = blank(9.6, 4.6)
-    axes = figure.add_subplot()
     leaves = min(MOST_LEAVES, len(rows))
-    dendrogram(
-        merges,
-        p=leaves,
-        truncate_mode="lastp",
-        ax=axes,
-        link_color_func=lambda _: LIGHT.arms[0],
-        leaf_rotation=90,
-        leaf_font_size=9,
+    drawn = dendrogram(merges, p=leaves, truncate_mode="lastp", no_plot=True)
+    corners = [
+        {"merge": merge, "corner": corner, "place": place, "height": height}
+        for merge, (places, heights) in enumerate(zip(drawn["icoord"], drawn["dcoord"], strict=True))
+        for corner, (place, height) in enumerate(zip(places, heights, strict=True))
+    ]
+    # scipy puts the leaves at 5, 15, 25 …
+    names = [{"place": 5 + 10 * leaf, "name": name} for leaf, name in enumerate(drawn["ivl"])]
+    x = alt.X(
+        "place:Q",
+        title="texts in a branch (in brackets), or the number of a single text",
+        axis=alt.Axis(labels=False, grid=False, titlePadding=10 + _LETTER * max(len(name) for name in drawn["ivl"])),
+        scale=alt.Scale(domain=[0, 10 * len(names)], nice=False),
     )
-    # between the merge that would leave one group fewer and the one before it
+    # Between the merge that would leave one group fewer and the one before it.
     cut = float(merges[-grouping.number, 2] + merges[1 - grouping.number, 2]) / 2
-    axes.axhline(cut, color=LIGHT.arms[1], linewidth=1.5, linestyle="--")
-    axes.annotate(
-        f"{grouping.number} groups",
-        (1, cut),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color=LIGHT.ink,
-    )
-    label_axes(axes, "texts in a branch (in brackets), or the number of a single text", "height of a merge")
-    axes.grid(axis="x", visible=False)
-    save(figure, path, title, f"Ward's tree of {len(rows):,} texts, its last {leaves - 1} merges")
+    at_cut = chart_of([{"height": cut, "place": 10 * len(names), "text": f"{grouping.number} groups"}])
+    y = alt.Y("height:Q", title="height of a merge")
+    chart = alt.layer(
+        chart_of(corners)
+        .mark_line(color=LIGHT.arms[0], strokeWidth=1.5)
+        .encode(x=x, y=y, detail="merge:N", order="corner:Q"),
+        at_cut.mark_rule(color=LIGHT.arms[1], strokeWidth=1.5, strokeDash=[5, 4]).encode(y=y),
+        at_cut.mark_text(align="right", dx=-4, dy=-8, style="label").encode(x=x, y=y, text="text:N"),
+        chart_of(names)
+        .mark_text(angle=270, align="right", style="number")
+        .encode(x=x, y=alt.value(_TREE + 8), text="name:N"),
+    ).properties(width=720, height=_TREE)
+    save_picture(path, chart, title, f"Ward's tree of {len(rows):,} texts, its last {leaves - 1} merges")
 
 
 def draw_map(path: Path, grouping: Grouping, tasks: Sequence[str], title: str) -> None:
@@ -125,99 +132,55 @@ def draw_map(path: Path, grouping: Grouping, tasks: Sequence[str], title: str) -
     rows = _some(len(grouping.points), MOST_ON_MAP)
     places = t_sne(grouping.points.points[rows])
     words = {label: ", ".join(group.words[:2]) for label, group in enumerate(grouping.groups)}
-    groups = [f"{label + 1}: {words[label]}" if label >= 0 else "noise" for label in grouping.labels[rows].tolist()]
+    groups = [f"{label + 1}: {words[label]}" if label >= 0 else NOISE for label in grouping.labels[rows].tolist()]
     own = [tasks[index] for index in grouping.points.rows[rows].tolist()]
-    panels = [("by group", groups)]
+    panels = {"by group": map_of(places, groups, "by group")}
     if len(set(own)) > 1:
-        panels.append(("by task", own))
-    most = max(len(set(labels)) for _, labels in panels)
-    figure = blank(6.4 * len(panels), 6.0 + 0.2 * legend_rows(most))
-    for place, (name, labels) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place)
-        draw_points(axes, places, labels)
-        label_map(axes)
-        axes.set_title(name, loc="left", fontsize=11, color=LIGHT.ink)
-        add_legend(axes)
-    save(figure, path, title, f"t-SNE of {len(rows):,} texts; distances between far groups mean nothing")
+        panels["by task"] = map_of(places, own, "by task")
+    subtitle = f"t-SNE of {len(rows):,} texts; distances between far groups mean nothing"
+    save_picture(path, side_by_side(panels), title, subtitle)
 
 
-def draw_points(axes: Axes, places: Array, labels: Sequence[str], shapes: Sequence[str] | None = None) -> None:
-    """Draw points (n, 2) with a color for every label, and a shape for it too unless `shapes` (n,) says which."""
+def map_of(places: Array, labels: Sequence[str], title: str, shapes: Mapping[str, Sequence[str]] | None = None) -> Any:
+    """Return a chart of points (n, 2) with a color for every label, and a shape for it too.
+
+    `shapes` gives what shapes stand for instead: under a heading, one value a point. The numbers on the axes of a map
+    mean nothing and are left out.
+    """
+    import altair as alt
+
     names = sorted(set(labels), key=_natural)
-    for rank, name in enumerate(names):
-        chosen = [index for index, label in enumerate(labels) if label == name]
-        for shape in dict.fromkeys([SHAPES[rank % len(SHAPES)]] if shapes is None else [shapes[i] for i in chosen]):
-            at = [index for index in chosen if shapes is None or shapes[index] == shape]
-            axes.scatter(
-                places[at, 0],
-                places[at, 1],
-                s=16,
-                marker=shape,
-                color=LIGHT.front if name == "noise" else LIGHT.arms[rank % len(LIGHT.arms)],
-                edgecolors=LIGHT.background,
-                linewidths=0.3,
-                label=name if at[0] == chosen[0] else None,
-            )
-
-
-def label_map(axes: Axes) -> None:
-    """Name the axes of a map; their numbers mean nothing and are left out."""
-    label_axes(axes, "t-SNE 1", "t-SNE 2")
-    axes.tick_params(labelbottom=False, labelleft=False)
-
-
-def legend_rows(labels: int) -> int:
-    """Return the rows of a legend with this many labels."""
-    return -(-labels // _legend_columns(labels))
-
-
-def add_legend(axes: Axes) -> None:
-    """Put a legend under the axes, in as many columns as it needs."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles,
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(0, -0.07),
-        ncols=_legend_columns(len(labels)),
-        fontsize=8.5,
-        frameon=False,
-        labelcolor=LIGHT.ink,
-        markerscale=1.6,
-        handletextpad=0.3,
+    columns = max(2, -(-len(names) // _LEGEND_ROWS))
+    colors = [LIGHT.front if name == NOISE else LIGHT.arms[place % len(LIGHT.arms)] for place, name in enumerate(names)]
+    forms = [SHAPES[place % len(SHAPES)] for place in range(len(names))]
+    rows = [{"x": float(x), "y": float(y), "label": label} for (x, y), label in zip(places, labels, strict=True)]
+    legend = alt.Legend(title=None, columns=columns)
+    shape = alt.Shape("label:N", scale=alt.Scale(domain=names, range=forms), legend=legend)
+    for heading, values in (shapes or {}).items():
+        rows = [{**row, "shape": value} for row, value in zip(rows, values, strict=True)]
+        kinds = alt.Scale(domain=sorted(set(values)), range=["circle", "triangle-up"])
+        shape = alt.Shape("shape:N", scale=kinds, legend=alt.Legend(title=heading))
+    axis = alt.Axis(labels=False)
+    return (
+        chart_of(rows)
+        .mark_point(size=26, filled=True, opacity=0.9, stroke=LIGHT.background, strokeWidth=0.3)
+        .encode(
+            x=alt.X("x:Q", title="t-SNE 1", axis=axis, scale=alt.Scale(zero=False, padding=12)),
+            y=alt.Y("y:Q", title="t-SNE 2", axis=axis, scale=alt.Scale(zero=False, padding=12)),
+            color=alt.Color("label:N", scale=alt.Scale(domain=names, range=colors), legend=legend),
+            shape=shape,
+        )
+        .properties(width=_MAP, height=_MAP, title=alt.TitleParams(title, fontSize=12, offset=10))
     )
 
 
-def _legend_columns(labels: int) -> int:
-    return max(2, -(-labels // _LEGEND_ROWS))
+def side_by_side(panels: Mapping[str, Any]) -> alt.HConcatChart:
+    """Return maps beside each other, each with legends of its own."""
+    import altair as alt
 
-
-def blank(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches, drawn without a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=LIGHT.background)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def label_axes(axes: Axes, x: str, y: str) -> None:
-    """Name the axes and give them the look of all pictures."""
-    axes.set_xlabel(x, color=LIGHT.muted)
-    axes.set_ylabel(y, color=LIGHT.muted)
-    axes.tick_params(colors=LIGHT.muted, length=0)
-    axes.grid(color=LIGHT.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def save(figure: Figure, path: Path, title: str, subtitle: str) -> None:
-    """Write the figure under its title, as the kind of picture that the ending of `path` says."""
-    # as one text with two sizes, constrained layout would not keep room for the second
-    figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=11, color=LIGHT.ink)
-    figure.savefig(path)
+    chart = alt.hconcat(*panels.values(), spacing=36).resolve_scale(color="independent", shape="independent")
+    assert isinstance(chart, alt.HConcatChart)
+    return chart
 
 
 def _some(count: int, most: int) -> npt.NDArray[np.int64]:
@@ -229,4 +192,4 @@ def _some(count: int, most: int) -> npt.NDArray[np.int64]:
 
 def _natural(name: str) -> tuple[bool, int, str]:
     number = name.partition(":")[0]
-    return (name == "noise", int(number) if number.isdigit() else 0, name)
+    return (name == NOISE, int(number) if number.isdigit() else 0, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,9 +204,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _write(output: Path, result: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
     from loraplex.evaluation.results import write_records
+    from loraplex.files import remove, write_json
 
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2, ensure_ascii=False, default=str)
-    (output / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_json(output / "metrics.json", result)
     if records:
         write_records(output / "items.jsonl", records)
+    else:
+        # of an earlier evaluation
+        remove(output / "items.jsonl")

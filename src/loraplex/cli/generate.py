@@ -57,7 +57,8 @@ def run(arguments: Namespace) -> None:
     import torch
     from transformers import TextStreamer, set_seed
 
-    from loraplex.models.loading import load_tokenizer, quiet
+    from loraplex.models.loading import load_tokenizer
+    from loraplex.models.quiet import quiet
     from loraplex.tuner.adapted_model import base_name, load_adapted, refuse_classifier
 
     adapter: str = arguments.adapter

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from loraplex.analysis.clustering import Grouping
     from loraplex.data import Example
+    from loraplex.data.clustering import Grouping
 
 
 DESCRIPTION = """Suggest a number of heads for a routed adapter, from the prompts of DATA.
@@ -66,7 +66,7 @@ def run(arguments: Namespace) -> None:
     with in_words_of(KEYS):
         examples = _read(sources, section(arguments, "data"))
 
-    from loraplex.analysis.clustering import group_texts
+    from loraplex.data.clustering import group_texts
 
     found = group_texts(
         [example.asked for example in examples],

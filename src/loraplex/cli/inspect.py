@@ -180,6 +180,8 @@ def _routing(routing: Mapping[str, Any], all_sites: bool) -> RenderableType:
     """
     from rich.table import Table
 
+    from loraplex.allocation.sites import kind_of
+
     table = Table(title=f"mean gates on the {routing['rows']} rows", title_justify="left")
     for heading in ("task", "site" if all_sites else "module"):
         table.add_column(heading, overflow="fold")
@@ -189,7 +191,7 @@ def _routing(routing: Mapping[str, Any], all_sites: bool) -> RenderableType:
     for task, sites in routing["tasks"].items():
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for site, summary in sites.items():
-            groups.setdefault(site if all_sites else site.rpartition(".")[2], []).append(summary)
+            groups.setdefault(site if all_sites else kind_of(site), []).append(summary)
         for name, group in groups.items():
             loads = [s["load"] if all_sites else sorted(s["load"], reverse=True) for s in group]
             means = [sum(column) / len(group) for column in zip(*loads, strict=True)]

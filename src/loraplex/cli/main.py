@@ -126,6 +126,8 @@ def _call(name: str, words: Sequence[str], traceback: bool) -> None:
     # work: beside another busy process a training step took five times as long.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Usage statistics are the user's to give. In a program they are the program's to set.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     arguments = module.parser(f"loraplex {name}").parse(words)

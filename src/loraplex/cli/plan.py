@@ -100,6 +100,8 @@ def _kept(found: Estimate) -> list[tuple[str, int]]:
 def _needs(found: Estimate) -> RenderableType:
     from rich.table import Table
 
+    from loraplex.plots import duration, in_bytes
+
     batches, memory = found.batches, found.memory
     table = Table(title="Needed (estimates)", title_justify="left", show_header=False)
     table.add_column()
@@ -119,19 +121,8 @@ def _needs(found: Estimate) -> RenderableType:
         "passing": "comes and goes in the backward pass, library scratch",
     }
     for name, note in explained.items():
-        table.add_row(name, _bytes(getattr(memory, name)), note)
-    table.add_row("memory", _bytes(memory.total), "besides the Python process itself", style="bold")
+        table.add_row(name, in_bytes(getattr(memory, name)), note)
+    table.add_row("memory", in_bytes(memory.total), "besides the Python process itself", style="bold")
     table.add_section()
-    table.add_row("training time", _duration(found.seconds), "from a probe of two blocks on this machine", style="bold")
+    table.add_row("training time", duration(found.seconds), "from a probe of two blocks on this machine", style="bold")
     return table
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

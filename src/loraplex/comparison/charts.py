@@ -10,7 +10,8 @@ from typing import Any
 
 import altair as alt
 
-from loraplex.comparison.curves import course, rank_map
+from loraplex.analysis.rank_map import height, rank_cells, rank_heat
+from loraplex.comparison.curves import course
 from loraplex.comparison.results import Comparison
 from loraplex.comparison.scatter import against_parameters, against_time
 from loraplex.comparison.scene import ChartContext, Plot, close_scale, interval, percent, percent_axis
@@ -166,29 +167,14 @@ def _rank_maps(scene: ChartContext) -> list[Plot]:
     for arm in scene.comparison.arms:
         ranks = [run.ranks for run in scene.finished(arm) if run.ranks]
         if any(len(set(of_run.values())) > 1 for of_run in ranks):
-            maps[arm.name] = rank_map(ranks)
+            maps[arm.name] = rank_cells(ranks)
     highest = max((cell.rank for cells in maps.values() for cell in cells), default=0)
     plots = []
     for number, (name, cells) in enumerate(maps.items(), 1):
-        rows: list[dict[str, Any]] = [
-            {"arm": name, "layer": cell.layer, "kind": cell.kind, "rank": cell.rank} for cell in cells
-        ]
-        layers, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "kind"))
-        color = alt.Color(
-            "rank:Q",
-            scale=alt.Scale(domain=[0, highest]),
-            legend=alt.Legend(title="rank", orient="top", gradientLength=160, gradientThickness=10, tickMinStep=1),
-        )
-        tooltip = [alt.Tooltip(f"{key}:N") for key in ("layer", "kind")] + [alt.Tooltip("rank:Q", format=".3~r")]
-        across = alt.X("layer:O", sort=layers, title="layer", axis=alt.Axis(labelAngle=0))
-        down = alt.Y("kind:N", sort=kinds, title=None, axis=alt.Axis(labelLimit=150))
-        cell_marks = scene.base(rows).mark_rect(stroke=None)
         caption = "Rank of every adapted matrix at the end of training, mean over the seeds."
-        chart = scene.layered(
-            cell_marks.encode(x=across, y=down, color=color, tooltip=tooltip),
-            height=24 * len(kinds),
-            description=f"Ranks per layer and kind of matrix of one arm. {caption}",
-        )
+        heat = rank_heat(scene.base([{"arm": name, **cell._asdict()} for cell in cells]), cells, highest)
+        description = f"Ranks per layer and kind of matrix of one arm. {caption}"
+        chart = scene.layered(heat, height=height(cells), description=description)
         plots.append(Plot(f"ranks-{number}", f"Ranks of {name}", caption, chart, arm=name))
     return plots
 

@@ -20,8 +20,9 @@ import loraplex
 from loraplex.data.builtin import BUILTIN
 from loraplex.data.options import DataOptions, Split
 from loraplex.data.sources import local_files
+from loraplex.files import write_json
 from loraplex.models.loading import resolve_model
-from loraplex.training.folder import leaves, write_json
+from loraplex.training.folder import leaves
 from loraplex.training.reading import recipe_to_dict
 from loraplex.training.recipe import Recipe
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.comparison.identity import Identifier, Identity
-from loraplex.training.folder import RunFolder, write_atomically
+from loraplex.files import write_atomically
+from loraplex.training.folder import RunFolder
 from loraplex.training.reading import recipe_to_yaml
 from loraplex.training.recipe import Recipe
 

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from loraplex.comparison.results import Comparison, Run
 from loraplex.comparison.scene import Plot
 from loraplex.comparison.statistics import summarize
 from loraplex.comparison.summary import ArmStatistics, Contrast, Summary
-from loraplex.comparison.table import Cell, Column, Row, columns, points, rate, rows
-from loraplex.comparison.theme import DARK, LIGHT, SHAPES, Colors, arm_places, chart_config
-from loraplex.training.folder import write_atomically
+from loraplex.comparison.table import Cell, Column, Row, columns, rows
+from loraplex.files import write_atomically
+from loraplex.plots import DARK, LIGHT, SHAPES, Colors, chart_config, chart_spec, points, rate, save_picture
 
 REPORT, PLOTS = "report.html", "plots"
 _ASSETS = Path(__file__).with_name("assets")
 _PICTURE_WIDTH = 680
+_FORMS = (".svg", ".png")
 _VERDICTS = {"better": "better", "worse": "worse", "open": "not decided"}
 
 
@@ -110,7 +111,6 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> Path:
     An earlier report there is replaced; the page is whole or not written at all.
     """
     assert comparisons
-    folder.mkdir(parents=True, exist_ok=True)
     places = arm_places(comparisons)
     sections = [_section(number, comparison, list(places)) for number, comparison in enumerate(comparisons)]
     for number, section in enumerate(sections, 1):
@@ -118,6 +118,12 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> Path:
         _write_pictures(section, list(places), folder / PLOTS, prefix)
     write_atomically(folder / REPORT, _html(sections, places))
     return folder / REPORT
+
+
+def arm_places(comparisons: Iterable[Comparison]) -> dict[str, int]:
+    """Return for every arm's name its place in the palette, the same in all comparisons."""
+    names = dict.fromkeys(arm.name for comparison in comparisons for arm in comparison.arms)
+    return {name: place for place, name in enumerate(names)}
 
 
 def _section(number: int, comparison: Comparison, names: Sequence[str]) -> Section:
@@ -129,13 +135,10 @@ def _section(number: int, comparison: Comparison, names: Sequence[str]) -> Secti
 
 def _write_pictures(section: Section, names: Sequence[str], folder: Path, prefix: str) -> None:
     """Write every plot of a section as it looks with all arms, on white."""
-    folder.mkdir(exist_ok=True)
-    config = chart_config(LIGHT, alone=True)
     for plot in draw(section.comparison, section.summary, names, legends=True):
-        title: Any = {"text": plot.title, "subtitle": section.comparison.name}
-        spec = _spec(plot) | {"width": _PICTURE_WIDTH, "title": title, "config": config}
-        (folder / f"{prefix}{plot.name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
-        (folder / f"{prefix}{plot.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        for form in _FORMS:
+            path = folder / f"{prefix}{plot.name}{form}"
+            save_picture(path, plot.chart, plot.title, section.comparison.name, width=_PICTURE_WIDTH)
 
 
 def _html(sections: Sequence[Section], places: dict[str, int]) -> str:
@@ -173,19 +176,13 @@ def _data(sections: Sequence[Section]) -> dict[str, Any]:
                 "id": section.id,
                 "arms": [arm.name for arm in section.comparison.arms],
                 "charts": [
-                    {"id": f"{section.id}-{plot.name}", "spec": {**_spec(plot), "width": "container"}}
+                    {"id": f"{section.id}-{plot.name}", "spec": {**chart_spec(plot.chart), "width": "container"}}
                     for plot in section.plots
                 ],
             }
             for section in sections
         ],
     }
-
-
-def _spec(plot: Plot) -> dict[str, Any]:
-    """Return a plot's specification without the address of its schema and without Altair's own looks."""
-    spec = plot.chart.to_dict()
-    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
 
 
 def _inline_json(value: Any) -> Markup:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loraplex.errors import UserError
-from loraplex.training.folder import write_atomically, write_json
+from loraplex.files import write_atomically, write_json
 
 FORMAT = 1
 RESULTS, RUNS_CSV, ITEMS_CSV = "results.json", "runs.csv", "items.csv"

@@ -12,24 +12,9 @@ import altair as alt
 from loraplex.comparison.results import Run
 from loraplex.comparison.scene import ChartContext, Plot, interval, percent, percent_axis
 
-# Pixels of the plot on a phone, where labels have least room; and of a label with its distance from the point.
-_WIDTH, _HEIGHT = 270, 330
-_LABEL_HEIGHT, _LETTER, _LONGEST, _GAP, _POINT = 15, 7, 170, 14, 9
+_HEIGHT = 330
 # How much more than the smallest value the largest must be for a scale of powers of ten, and for a scale of its own.
 _LOGARITHMIC, _DISTINCT = 6.0, 1.5
-
-
-class _Box(NamedTuple):
-    """A rectangle in pixels."""
-
-    left: float
-    right: float
-    top: float
-    bottom: float
-
-    def touches(self, other: _Box) -> bool:
-        across = self.left < other.right and other.left < self.right
-        return across and self.top < other.bottom and other.top < self.bottom
 
 
 class _CostScale(NamedTuple):
@@ -39,12 +24,6 @@ class _CostScale(NamedTuple):
     high: float
     ticks: Sequence[float] | None
     """Given for a scale of powers of ten only."""
-
-    def place(self, value: float) -> float:
-        """Return where `value` is, from 0 at the left to 1 at the right."""
-        if self.ticks is not None:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
 
     def encoding(self, title: str, digits: str) -> alt.X:
         """Return the encoding of the field x."""
@@ -88,7 +67,7 @@ def _scatter(
         for row in scene.summary.arms
     }
     data: list[dict[str, Any]] = [
-        {"arm": row.arm, "name": scene.called(row.arm), "x": fmean(costs[row.arm]), "mean": row.mean} | interval(row)
+        {"arm": row.arm, "x": fmean(costs[row.arm]), "mean": row.mean} | interval(row)
         for row in scene.summary.arms
         if costs[row.arm]
     ]
@@ -97,7 +76,6 @@ def _scatter(
     scale = _cost_scale([row["x"] for row in data])
     across = scale.encoding(cost, digits)
     accuracies = _accuracy_domain(data)
-    _place_labels(data, scale, accuracies)
     up = alt.Y("mean:Q", title="accuracy", axis=percent_axis())
     up = up.scale(alt.Scale(domain=accuracies, nice=False, zero=False))
     rows = scene.base(data)
@@ -124,11 +102,6 @@ def _scatter(
             x=across, y=up, color=scene.color(), shape=scene.shape(), tooltip=tooltip
         ),
     ]
-    at = {"x": across, "y": alt.Y("label:Q", title="accuracy"), "text": alt.Text("name:N")}
-    right, left = (rows.transform_filter(f"datum.side == '{side}'") for side in ("right", "left"))
-    for style in ("halo", "label"):
-        layers.append(right.mark_text(align="left", dx=_GAP, style=style, limit=_LONGEST).encode(**at))
-        layers.append(left.mark_text(align="right", dx=-_GAP, style=style, limit=_LONGEST).encode(**at))
     caption = (
         "Ringed and joined: the Pareto front, that is every arm that no other beats in both. Means over the seeds."
     )
@@ -155,28 +128,3 @@ def _accuracy_domain(rows: Sequence[dict[str, Any]]) -> list[float]:
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
     margin = max(0.08 * (high - low), 0.01)
     return [max(0.0, low - margin), min(1.0, high + margin)]
-
-
-def _place_labels(rows: list[dict[str, Any]], scale: _CostScale, domain: Sequence[float]) -> None:
-    """Give every row the side and the height of its label where it hides no other point nor label.
-
-    A row without such a place gets no side and so no label. What fits on a phone fits on a wider screen too.
-    """
-    per_pixel = (domain[1] - domain[0]) / _HEIGHT
-    points = {row["arm"]: (_WIDTH * scale.place(row["x"]), (domain[1] - row["mean"]) / per_pixel) for row in rows}
-    taken = {arm: _Box(x - _POINT, x + _POINT, y - _POINT, y + _POINT) for arm, (x, y) in points.items()}
-    labels: list[_Box] = []
-    for row in sorted(rows, key=lambda row: -float(row["mean"])):
-        x, y = points[row["arm"]]
-        width = min(_LONGEST, _LETTER * len(row["name"]))
-        row["side"], row["label"] = None, row["mean"]
-        for shift in (0, -_LABEL_HEIGHT, _LABEL_HEIGHT):
-            rights = {"right": x + _GAP + width, "left": x - _GAP}
-            for side, right in rights.items():
-                height = y + shift
-                box = _Box(right - width, right, height - _LABEL_HEIGHT / 2, height + _LABEL_HEIGHT / 2)
-                others = [*labels, *(point for arm, point in taken.items() if arm != row["arm"])]
-                inside = box.left >= 0 and box.right <= _WIDTH and box.top >= 0 and box.bottom <= _HEIGHT
-                if row["side"] is None and inside and not any(box.touches(other) for other in others):
-                    row["side"], row["label"] = side, row["mean"] - shift * per_pixel
-                    labels.append(box)

@@ -2,7 +2,7 @@
 
 Every layer that shows an arm is filtered by the parameter `shown`, a list of arm names, so a page can hide an arm in
 all charts by setting one signal; the Pareto front and the reference line then follow what is left. Colors come from
-`theme.chart_config`.
+`plots.chart_config`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import altair as alt
 
 from loraplex.comparison.results import Arm, Comparison, Run
 from loraplex.comparison.summary import ArmStatistics, Summary
-from loraplex.comparison.theme import LIGHT
+from loraplex.plots import chart_of
 
 SHOWN = "shown"
 _IS_SHOWN = f"indexof({SHOWN}, datum.arm) >= 0"
@@ -65,19 +65,13 @@ class ChartContext:
         legend = alt.Legend(values=self.order(), title=None, columns=3) if self.legends else None
         return alt.Shape("arm:N", scale=alt.Scale(domain=list(self.names)), legend=legend)
 
-    def dash(self) -> alt.StrokeDash:
-        """Return the encoding that tells lines of the same color apart, where there are more arms than colors."""
-        dashes = [[1, 0], [6, 3], [2, 2]]
-        dash = [dashes[place // len(LIGHT.arms) % len(dashes)] for place in range(len(self.names))]
-        return alt.StrokeDash("arm:N", scale=alt.Scale(domain=list(self.names), range=dash), legend=None)
-
     def finished(self, arm: Arm) -> list[Run]:
         """Return the runs of `arm` that have an accuracy."""
         return [run for run in arm.runs if run.state == "finished" and run.accuracy is not None]
 
     def base(self, rows: list[dict[str, Any]]) -> alt.Chart:
         """Return a chart of `rows` without a mark, filtered by the arms that are shown."""
-        return alt.Chart(alt.InlineData(values=rows)).transform_filter(_IS_SHOWN)
+        return chart_of(rows).transform_filter(_IS_SHOWN)
 
     def layered(self, *layers: alt.Chart, height: float, description: str) -> alt.LayerChart:
         """Return the layers as one chart with the parameter `shown`."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from loraplex.comparison.results import Arm, Comparison, Run
 from loraplex.comparison.summary import ArmStatistics, Contrast, Summary
+from loraplex.plots import duration, energy, in_bytes, points, significant, with_prefix
 
 NOTHING = "–"
 
@@ -172,53 +173,3 @@ def _parameters(row: Row) -> Cell:
 def _tokens(row: Row) -> Cell:
     value = row.mean(lambda run: run.tokens_per_second)
     return Cell() if value is None else Cell(f"{value:,.0f}", value)
-
-
-def points(share: float) -> str:
-    """Return a difference of accuracies in percentage points with its sign."""
-    rounded = round(100 * share, 1)
-    return f"{'−' if rounded < 0 else '+' if rounded > 0 else '±'}{abs(rounded):.1f}"
-
-
-def significant(value: float) -> str:
-    """Return three significant digits, never as a power of ten."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.5f}"
-
-
-def with_prefix(value: float, unit: str = "") -> str:
-    """Return three significant digits with a prefix of a power of 1000: "1.93 P"."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:
-            return f"{_three(value / size)} {prefix}{unit}"
-    return f"{_three(value)} {unit}".rstrip()
-
-
-def in_bytes(value: float) -> str:
-    """Return a size in memory or on disk: "19.6 MB"."""
-    return with_prefix(value, "B")
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: "4 min 12 s"."""
-    if seconds < 60:
-        return f"{significant(seconds)} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
-
-
-def rate(value: float) -> str:
-    """Return a learning rate as it is written in a recipe: "5e-4"."""
-    digits, power = f"{value:e}".split("e")
-    return f"{float(digits):g}e{int(power)}"
-
-
-def energy(kwh: float) -> str:
-    """Return an energy in watt hours, or kilowatt hours from 1000 on."""
-    return with_prefix(1000 * kwh, "Wh")
-
-
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

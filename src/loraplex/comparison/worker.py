@@ -16,10 +16,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraplex.comparison.jobs import Kind
 from loraplex.errors import UserError
+from loraplex.files import write_json
 from loraplex.models.loading import load_tokenizer
 from loraplex.training import preparation
 from loraplex.training.flops import flops_per_token
-from loraplex.training.folder import RunFolder, write_json
+from loraplex.training.folder import RunFolder
 from loraplex.training.measuring import measure
 from loraplex.training.reading import read_recipe
 from loraplex.training.recipe import Recipe

@@ -6,9 +6,8 @@ Nothing here imports torch; `datasets` and `reasoning_gym` are imported when a s
 from loraplex.data.examples import Example, Message
 from loraplex.data.options import DataOptions
 from loraplex.data.reading import read_examples
-from loraplex.data.row_cache import tokenize_once
 from loraplex.data.text_classes import ClassRows, tokenize_texts
-from loraplex.data.tokenization import Tokenized, tokenize
+from loraplex.data.tokenization import Tokenized, tokenize, tokenize_once
 
 __all__ = [
     "ClassRows",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loraplex.data.examples import Row
 from loraplex.data.options import DataOptions, Split
-from loraplex.errors import UserError, nearest
+from loraplex.errors import UserError, nearest, remedy_here
 from loraplex.extras import require
 
 BENCHMARK = "benchmark:"
@@ -146,7 +146,8 @@ def _read_hub(source: str, config: str | None, split: str) -> list[Row]:
         dataset = load_dataset(source, name=config, split=split)
     # OSError: no network, offline mode, unknown id; ValueError: unknown configuration or split.
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason, remedy = " ".join(str(error).split()), remedy_here(error)
+        reason = f"{reason}; {remedy}" if remedy else reason
         raise UserError(f"data set '{source}' (split '{split}') cannot be loaded: {reason}") from error
     return [Row(fields, f"{source}[{split}]:{number}") for number, fields in enumerate(dataset)]
 

@@ -7,15 +7,30 @@ is the same in training, option scoring and generation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import numpy as np
+
+from loraplex.cache import cache_dir
 from loraplex.data.examples import Example, Message
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Counted up whenever `tokenize` makes other rows of the same texts.
+VERSION = 1
+# Fewer rows are tokenized sooner than a file is found.
+WORTH_KEEPING = 1000
+_COLUMNS = ("input_ids", "completion_mask", "cut")
+_Row = tuple[list[int], list[int], bool]
 
 
 class TokenRow(TypedDict):
@@ -49,31 +64,133 @@ def tokenize(
     Raises:
         UserError: no row is left.
     """
+    rows = list(_token_rows(examples, tokenizer, max_length, loss_on))
+    return _tokenized(rows, examples, tokenizer, max_length)
+
+
+def tokenize_once(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    loss_on: Literal["completion", "all"] = "completion",
+) -> Tokenized:
+    """Return what `tokenize` returns; `datasets` keeps many rows in the user's cache, so that the next run finds them.
+
+    They are found by a hash of every prompt and completion, of the tokenizer's own definition, and of the two options.
+    Nothing is kept where caching is switched off (`datasets.disable_caching`). A file that cannot be read is made anew;
+    one that cannot be written is a warning.
+
+    Raises:
+        UserError: no row is left.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or len(examples) < WORTH_KEEPING:
+        return tokenize(examples, tokenizer, max_length, loss_on)
+    from datasets import is_caching_enabled
+
+    if not is_caching_enabled():
+        return tokenize(examples, tokenizer, max_length, loss_on)
+    definition = [backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    key = _key(examples, [definition, max_length, loss_on])
+    file = cache_dir() / "rows" / f"{key}.arrow"
+
+    def columns(numbers: list[int]) -> dict[str, list[Any]]:
+        found = _token_rows([examples[number] for number in numbers], tokenizer, max_length, loss_on)
+        return dict(zip(_COLUMNS, map(list, zip(*found, strict=True)), strict=True))
+
+    try:
+        rows = _kept(file, key, len(examples), columns)
+    except OSError as error:
+        warnings.warn(f"tokenized rows are not kept for next time: {error}", stacklevel=2)
+        return tokenize(examples, tokenizer, max_length, loss_on)
+    return _tokenized(rows, examples, tokenizer, max_length)
+
+
+def _kept(file: Path, key: str, count: int, columns: Callable[[list[int]], dict[str, list[Any]]]) -> list[_Row]:
+    """Return the rows in `file`, which `datasets` makes of `columns` where it is not there or cannot be read."""
+    from datasets import Dataset, Features, List, Value
+
+    features = Features(input_ids=List(Value("int32")), completion_mask=List(Value("int8")), cut=Value("bool"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    numbers = Dataset.from_dict({"number": range(count)})
+    how: dict[str, Any] = {"batched": True, "input_columns": "number", "remove_columns": "number", "features": features}
+    with _without_bars():
+        try:
+            rows = numbers.map(columns, **how, cache_file_name=str(file), new_fingerprint=key)
+        except UserError:
+            raise
+        except (OSError, ValueError):
+            # Arrow says of a damaged file that it is one or the other. What else is wrong is so the second time too.
+            file.unlink(missing_ok=True)
+            rows = numbers.map(columns, **how, cache_file_name=str(file), new_fingerprint=key)
+    ids, masks, cut = (rows.data.column(name) for name in features)
+    return list(zip(_lists(ids), _lists(masks), cut.to_pylist(), strict=True))
+
+
+def _lists(column: Any) -> list[list[int]]:
+    """Return an Arrow column of lists as Python's: through NumPy, which takes a tenth of the time of `to_pylist`."""
+    lists = []
+    for chunk in column.chunks:
+        borders = np.cumsum(chunk.value_lengths().to_numpy())[:-1]
+        lists += [part.tolist() for part in np.split(chunk.flatten().to_numpy(), borders)]
+    return lists
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            enable_progress_bars()
+
+
+def _key(examples: Sequence[Example], settings: list[Any]) -> str:
+    digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True, default=str).encode())
+    for example in examples:
+        prompt = example.prompt if isinstance(example.prompt, str) else [asdict(turn) for turn in example.prompt]
+        digest.update(json.dumps([prompt, example.completion]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _token_rows(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    loss_on: Literal["completion", "all"],
+) -> Iterator[_Row]:
+    """Yield ids and mask of every example, and whether the length limit cut it; ids are empty where none are left."""
     prompts = prompt_ids(examples, tokenizer)
     completions = completion_ids([example.completion for example in examples], tokenizer)
     text_end, chat_end = [_end_token(tokenizer)], None
-    rows: list[TokenRow] = []
-    truncated = dropped = 0
     for example, prompt, completion in zip(examples, prompts, completions, strict=True):
         end = text_end
         if not isinstance(example.prompt, str):
             end = chat_end = chat_end or turn_end(tokenizer)
         learnt = completion if completion[-len(end) :] == end else completion + end
-        if max_length is not None and len(prompt) + len(learnt) > max_length:
+        cut = max_length is not None and len(prompt) + len(learnt) > max_length
+        if cut:
+            assert max_length is not None
             learnt = learnt[: max(0, max_length - len(prompt))]
-            if not learnt:
-                dropped += 1
-                continue
-            truncated += 1
         mask = [int(loss_on == "all")] * len(prompt) + [1] * len(learnt)
-        rows.append({"input_ids": prompt + learnt, "completion_mask": mask})
-    if not rows:
-        shortest = min(map(len, prompts), default=0)
+        yield (prompt + learnt, mask, cut) if learnt else ([], [], cut)
+
+
+def _tokenized(
+    rows: Sequence[_Row], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Tokenized:
+    whole: list[TokenRow] = [{"input_ids": ids, "completion_mask": mask} for ids, mask, _ in rows if ids]
+    if not whole:
+        shortest = min(map(len, prompt_ids(examples, tokenizer)), default=0)
         raise UserError(
             f"max_length {max_length} leaves nothing of the completion of any of the {len(examples)} rows; "
             f"the shortest prompt has {shortest} tokens, so set it above that"
         )
-    return Tokenized(rows, truncated, dropped)
+    return Tokenized(whole, sum(cut for ids, _, cut in rows if ids), len(rows) - len(whole))
 
 
 def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from loraplex.errors import UserError, nearest
+from loraplex.errors import UserError, nearest, remedy_here
 from loraplex.extras import require
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def run_harness(
 ) -> dict[str, dict[str, Any]]:
     """Return the harness's metrics for each of `tasks`, under its own names; a standard error is `<metric>_stderr`.
 
-    `limit` is the number of items of each task; `task_folder` holds further task files (YAML).
+    `limit` is the number of items of each task; `task_folder` holds further task files (YAML). What JSON cannot hold
+    has become its text.
 
     Raises:
         UserError: the harness is not installed, a task is unknown, or its data cannot be fetched.
@@ -50,7 +52,7 @@ def run_harness(
         )
     # No network, or a data set that is gone: the task names are good by now.
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"lm-eval cannot fetch the data of {', '.join(tasks)}: {reason}") from error
-    results: dict[str, dict[str, Any]] = evaluated["results"]
+        reason, remedy = " ".join(str(error).split()), remedy_here(error) or "check the network"
+        raise UserError(f"lm-eval cannot fetch the data of {', '.join(tasks)}: {reason}; {remedy}") from error
+    results: dict[str, dict[str, Any]] = json.loads(json.dumps(evaluated["results"], default=str))
     return results

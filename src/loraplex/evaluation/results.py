@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.data.examples import Example
+from loraplex.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,4 @@ def majority_share(examples: Sequence[Example]) -> float:
 
 def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -14,6 +14,7 @@ from loraplex.export.base_lines import is_embedded
 from loraplex.export.history import History
 from loraplex.export.subject import ExportCandidate
 from loraplex.export.target import Target
+from loraplex.files import write_atomically
 from loraplex.models.agreement import Agreement
 from loraplex.models.embedded import PACKAGE, PACKAGE_VERSION
 
@@ -51,7 +52,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         _given_up(facts.given_up),
         _verified(facts.agreements, "what that left" if facts.given_up else "the adapter as it was trained"),
     ]
-    (folder / FILE).write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    write_atomically(folder / FILE, "\n".join(section for section in sections if section))
 
 
 def is_export(folder: Path) -> bool:

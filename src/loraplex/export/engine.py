@@ -16,11 +16,10 @@ from torch import Tensor
 
 from loraplex.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from loraplex.errors import UserError
+from loraplex.tuner.file_tensors import PREFIX
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes (1 left aside); buffers of this size are made for every adapter."""
-
-_PREFIX = "base_model.model."
 
 
 def engine_rank(rank: int) -> int | None:
@@ -44,7 +43,7 @@ def read_as_engine(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise UserError(f"engines refuse rank {r}: {RANKS[-1]} is the largest they hold")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items():
-        parts = key.removeprefix(_PREFIX).split(".")
+        parts = key.removeprefix(PREFIX).split(".")
         if parts[-2] not in ("lora_A", "lora_B") or parts[-1] != "weight":
             raise UserError(f"engines know no tensor '{key}'")
         halves.setdefault(".".join(parts[:-2]), {})[parts[-2]] = tensor.float()

@@ -30,9 +30,9 @@ from loraplex.export.subject import ExportCandidate
 from loraplex.export.target import Target, WriteOptions
 from loraplex.export.targets import TARGETS, refusal
 from loraplex.export.verification import TOLERANCE, check, read_prompts
+from loraplex.files import fill_atomically, recover
 from loraplex.models.agreement import Agreement, compare, model_logits
 from loraplex.models.loading import load_config, load_model, load_tokenizer
-from loraplex.training.folder import fill_atomically
 from loraplex.tuner.adapted_model import adapt, adapter_folder, base_name
 from loraplex.tuner.adapter_folder import read_config
 
@@ -184,6 +184,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: when `output` is a file, or a folder with something else in it.
     """
+    recover(output.resolve())
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file: give a folder")
     if not output.is_dir() or not any(output.iterdir()):

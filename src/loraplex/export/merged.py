@@ -14,7 +14,8 @@ from loraplex.errors import UserError
 from loraplex.export.subject import ExportCandidate, has_shortcuts, without_weights
 from loraplex.export.target import Logits, Target, WriteOptions
 from loraplex.models.agreement import model_logits
-from loraplex.models.loading import load_model, quiet, resolve_model
+from loraplex.models.loading import load_model, resolve_model
+from loraplex.models.quiet import quiet
 from loraplex.tuner.layer import SiteLayer
 from loraplex.tuner.model import LoraplexTuner
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from loraplex.allocation.sites import is_edge
 from loraplex.errors import UserError
-from loraplex.tuner.file_tensors import peft_tensors
+from loraplex.tuner.file_tensors import PREFIX, peft_tensors
 from loraplex.tuner.model import LoraplexTuner
 from loraplex.tuner.peft_format import peft_adapter, write_adapter
 
-_PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
@@ -92,7 +91,7 @@ def read_pairs(tensors: Mapping[str, Tensor], scale: Callable[[str], float]) -> 
         if not key.endswith(_A):
             continue
         stem = key.removesuffix(_A)
-        site = stem.removeprefix(_PREFIX)
+        site = stem.removeprefix(PREFIX)
         if stem + _B not in tensors:
             raise UserError(f"the adapter file holds '{key}' without '{stem}{_B}': it is damaged, copy it again")
         magnitude = tensors.get(stem + _MAGNITUDE)
@@ -119,7 +118,7 @@ def write_plain_form(folder: Path, form: PlainForm, names: Collection[str], dtyp
     tensors = dict(form.beside)
     for site, pair in form.pairs.items():
         named = {_A: pair.a.to(dtype), _B: pair.b.to(dtype), _MAGNITUDE: pair.magnitude}
-        tensors.update({f"{_PREFIX}{site}{name}": value for name, value in named.items() if value is not None})
+        tensors.update({f"{PREFIX}{site}{name}": value for name, value in named.items() if value is not None})
     write_adapter(folder, config, tensors)
 
 

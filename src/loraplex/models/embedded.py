@@ -34,7 +34,7 @@ def _write(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from loraplex.models.loading import quiet
+    from loraplex.models.quiet import quiet
 
     # Left in GGUF blocks, the model could not be saved.
     dequantized = GgufConfig(dequantize=True)

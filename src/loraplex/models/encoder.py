@@ -17,7 +17,7 @@ def _write(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from loraplex.models.loading import quiet
+    from loraplex.models.quiet import quiet
 
     with quiet():
         model = AutoModel.from_pretrained(source / "model", dtype=torch.float32)

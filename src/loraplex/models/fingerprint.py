@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from loraplex.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from loraplex.errors import UserError
+from loraplex.files import write_json
 from loraplex.models.classifier import HEADS, classes_of, head_parameters
 
 FILE = "base_model.json"
@@ -58,7 +59,7 @@ def describe_base(model: PreTrainedModel, name: str) -> dict[str, Any]:
 
 def write_base(folder: Path, description: dict[str, Any]) -> None:
     """Write the description into an adapter folder."""
-    (folder / FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / FILE, description)
 
 
 def recorded_classes(folder: Path) -> tuple[str, ...] | None:

@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from loraplex.errors import UserError, nearest
+from loraplex.errors import UserError, nearest, remedy_here
 from loraplex.models import embedded, encoder
 from loraplex.models.packaged import packaged_dir
+from loraplex.models.quiet import quiet
 
 EMBEDDED, ENCODER = "embedded", "minilm"
 PACKAGED = {EMBEDDED: embedded.MODEL, ENCODER: encoder.MODEL}
@@ -28,7 +28,7 @@ PACKAGED = {EMBEDDED: embedded.MODEL, ENCODER: encoder.MODEL}
 DType = Literal["auto", "bfloat16", "float32"]
 
 # What transformers, the hub client and safetensors raise for a model that is absent, foreign or damaged.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, MemoryError)
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
@@ -134,20 +134,6 @@ def load_pretrained(cls: Any, name: str, dtype: DType, **config: Any) -> tuple[P
     return model, sorted(info["missing_keys"])
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from printing progress bars and advice inside the block; its settings are restored."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _check_folder(path: Path) -> None:
     if (path / "config.json").is_file():
         return
@@ -163,14 +149,24 @@ def _looks_like_path(name: str) -> bool:
 
 @contextlib.contextmanager
 def _one_line(what: str, name: str) -> Iterator[None]:
-    """Turn what loading raises into a UserError that keeps the first sentence of the cause."""
+    """Turn what the user can mend into a UserError with the first sentence of the cause; nothing else is touched."""
     try:
         yield
     except _LOADING_ERRORS as error:
+        remedy = remedy_here(error) or _remedy(error, name)
+        if remedy is None:
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        remedy = (
-            "check the folder"
-            if Path(name).expanduser().is_dir()
-            else f"check the name and the network, or use '{EMBEDDED}'"
-        )
         raise UserError(f"cannot load the {what} '{name}': {lines[0].rstrip('.')}; {remedy}") from error
+
+
+def _remedy(error: BaseException, name: str) -> str | None:
+    """Return what to do about an error that the model is to blame for; None where something else is."""
+    # transformers raises it for weights of another shape, and torch for whatever goes wrong in it.
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+        return None
+    if Path(name).expanduser().is_dir():
+        return "check the folder"
+    if isinstance(error, OSError):
+        return f"check the name and the network, or use '{EMBEDDED}'"
+    return "get it again, or choose a model that this version of transformers knows"

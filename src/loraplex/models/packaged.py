@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loraplex.cache import cache_dir
 from loraplex.errors import UserError
+from loraplex.files import fill_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -101,29 +101,12 @@ def _verified(model: Packaged, folder: Path) -> Path:
 
 
 def _convert(model: Packaged, source: Path, target: Path) -> None:
-    """Write the model in `source` to `target` in one step: a temporary neighbor first, then a rename."""
     from safetensors import SafetensorError
 
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-        try:
-            model.write(source, partial)
-            _publish(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        fill_atomically(target, partial(model.write, source), replace=False)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write {model.what} to {target}: {error}; it needs {model.megabytes} MB, "
             "LORAPLEX_CACHE names another place"
         ) from error
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; where another process was faster, its result is as good."""
-    partial.chmod(0o755)
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise

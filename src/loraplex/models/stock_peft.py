@@ -31,6 +31,11 @@ def stock_logits(base: str, adapter: str, rows: Sequence[Sequence[int]]) -> list
         ids.write_text(json.dumps([list(row) for row in rows]))
         command = [sys.executable, "-P", __file__, base, adapter, str(ids), str(logits)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode < 0:
+            raise RuntimeError(
+                f"the process that loads '{adapter}' into PEFT alone was killed by signal {-done.returncode}, "
+                "as systems do that run out of memory"
+            )
         if done.returncode != 0:
             raise RuntimeError(f"PEFT alone cannot load '{adapter}': {(done.stderr.strip().splitlines() or ['?'])[-1]}")
         tensors = load_file(logits)

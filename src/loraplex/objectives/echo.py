@@ -29,10 +29,11 @@ from loraplex.errors import UserError
 from loraplex.kernels.distilled_head import Weights
 from loraplex.models.blocks import Blocks, find_blocks
 from loraplex.objectives.contracts import Batch, Means, Objective, ObjectiveInit, Outcome, SecondPass
-from loraplex.objectives.echo_networks import EchoNetworks, seeded
+from loraplex.objectives.echo_networks import EchoNetworks
 from loraplex.objectives.echo_options import EchoOptions
 from loraplex.objectives.passes import Pass, PassContext, SiteInjector, carry_through_checkpoints, stop_carrying
 from loraplex.objectives.pooling import Pool
+from loraplex.seeds import seeded
 
 _OWNER = "the objective 'echo'"
 

@@ -5,7 +5,6 @@ The paper's abstract (arXiv 2605.08177) says: lightweight projection and gating 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraplex.adapters.contracts import uniform
+from loraplex.seeds import seeded
 
 _EPSILON = 1e-6
 """Under the root of the RMS norm."""
@@ -72,9 +72,3 @@ class EchoNetworks(nn.Module):
                 sizes, 1, output_size=len(self.echo_up)
             )
             return dict(zip(self.sizes, values.split(list(self.sizes.values()), 1), strict=True)), gates
-
-
-def seeded(seed: int, *what: object) -> torch.Generator:
-    """Return a CPU generator that depends on the seed and on what is drawn, on nothing else."""
-    digest = hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from loraplex.allocation.sites import kind_of
 from loraplex.batch_loss.packing import unsupported
 from loraplex.data import ClassRows, Tokenized
 from loraplex.errors import UserError
@@ -146,7 +147,7 @@ def estimate(recipe: Recipe, rows: Rows) -> Estimate:
     kinds = list(_kinds(model))
     padded = adapter.padding_free is False or unsupported(model.get_base_model()) is not None
     batches = plan_batches(recipe, [len(row["input_ids"]) for row in rows.train.rows], padded)
-    names = list(dict.fromkeys(layer.site.rpartition(".")[2] for layer in _layers(model, SiteLayer)))
+    names = list(dict.fromkeys(kind_of(layer.site) for layer in _layers(model, SiteLayer)))
     block = measure_block(recipe, config, dtype, names, batches.largest)
     counted = count_parameters(model)
     budget = counted.budget
@@ -263,7 +264,7 @@ def _kinds(model: PeftModel) -> Iterator[Kind]:
     """Yield one entry per kind of adapted module, and one for whatever else is trained."""
     groups: dict[str, list[AdapterLayer]] = {}
     for layer in _layers(model, AdapterLayer):
-        groups.setdefault(layer.site.rpartition(".")[2], []).append(layer)
+        groups.setdefault(kind_of(layer.site), []).append(layer)
     counted = 0
     for name, layers in groups.items():
         ranks = [_rank(layer) for layer in layers]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loraplex.errors import UserError
+from loraplex.files import hidden, leftovers, recover, remove, sync, write_atomically, write_json
 from loraplex.training.reading import read_recipe, recipe_to_dict, recipe_to_yaml
 from loraplex.training.recipe import Recipe
 
 # Written into a checkpoint when everything else is on disk: {file: size in bytes}.
 MANIFEST = "loraplex_files.json"
+logger = logging.getLogger(__name__)
+
+_HEADER = "# The recipe of this run with every default spelled out: loraplex train THIS_FILE --output OTHER\n"
 # Keys that do not change what is trained, so that a resumed run may have other values.
 NOT_TRAINED_ON = ("evaluation", "output", "training.save_every", "training.keep_checkpoints", "training.logging_every")
 
@@ -37,23 +40,28 @@ class RunFolder:
         self.ranks_plot = self.path / "ranks.png"
         self.routing = self.path / "routing.json"
         self.routing_plot = self.path / "routing.png"
+        self._earlier = self.path / "earlier-run"
 
     @property
     def contents(self) -> tuple[Path, ...]:
-        """Everything a run writes; nothing else in the folder is ever deleted."""
+        """Everything a run writes; nothing else in the folder is ever moved or deleted.
+
+        In the order in which it is moved aside: without metrics a run is not finished, and where the recipe lies aside
+        everything does.
+        """
         return (
+            self.metrics,
             self.adapter,
             self.checkpoints,
             self.evaluation,
-            self.recipe,
             self.decided,
             self.plan,
-            self.metrics,
             self.environment,
             self.plot,
             self.ranks_plot,
             self.routing,
             self.routing_plot,
+            self.recipe,
         )
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -90,17 +98,58 @@ class RunFolder:
                     "set it back, or choose another --output"
                 )
 
-    def open(self, recipe: Recipe, *, resume: bool) -> None:
-        """Make the folder ready for `recipe`: emptied of an earlier run unless that is resumed."""
-        if not resume:
-            for path in self.contents:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def opened(self, recipe: Recipe, *, resume: bool) -> Iterator[None]:
+        """Make the folder ready for `recipe`, within the context; an earlier run that is not resumed lies aside in it.
+
+        The earlier run is deleted when the context ends well. When it fails before a whole checkpoint or an adapter
+        was written, the earlier run is put back; when it fails later it stays aside, and a line says where.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        header = "# The recipe of this run with every default spelled out: loraplex train THIS_FILE --output OTHER\n"
-        write_atomically(self.recipe, header + recipe_to_yaml(recipe))
+        try:
+            if not resume:
+                self._set_aside()
+            write_atomically(self.recipe, _HEADER + recipe_to_yaml(recipe))
+            yield
+        except BaseException:
+            self.recover()
+            raise
+        for earlier in leftovers(self._earlier, "old"):
+            remove(earlier)
+
+    def recover(self) -> None:
+        """Put the folder in order after a run that failed or was killed, and say in a warning what was found."""
+        for path in self.contents:
+            recover(path)
+        for earlier in reversed(leftovers(self._earlier, "old")):
+            if self.metrics.is_file():
+                remove(earlier)
+            elif (earlier / self.recipe.name).exists() and (self.adapter.is_dir() or self.last_checkpoint()):
+                logger.warning("the earlier run is kept in '%s' until the run in '%s' has finished", earlier, self.path)
+            else:
+                self._put_back(earlier)
+                logger.warning("the earlier run is back in '%s': what was to replace it wrote no checkpoint", self.path)
+
+    def _set_aside(self) -> None:
+        found = [path for path in self.contents if path.exists()]
+        if not found:
+            return
+        aside = hidden(self._earlier, "old")
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+
+    def _put_back(self, aside: Path) -> None:
+        """Undo `_set_aside`, whether or not it or this had come to its end when the process was killed."""
+        if (aside / self.recipe.name).exists():
+            for path in self.contents:
+                remove(path)
+        for path in reversed(self.contents):
+            if (aside / path.name).exists() and not path.exists():
+                (aside / path.name).rename(path)
+        # Nothing is left in it, or something that is not ours.
+        with contextlib.suppress(OSError):
+            aside.rmdir()
 
     def last_checkpoint(self, before_step: int | None = None) -> Path | None:
         """Return the newest checkpoint that is whole, optionally only of steps < `before_step`."""
@@ -114,8 +163,9 @@ class RunFolder:
 
 def seal(checkpoint: Path) -> None:
     """Record the sizes of all files of a finished checkpoint; what crashes before this is never resumed from."""
+    sync(checkpoint)
     sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
-    write_atomically(checkpoint / MANIFEST, json.dumps(sizes, indent=1))
+    write_json(checkpoint / MANIFEST, sizes)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -125,44 +175,6 @@ def is_whole(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def fill_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder beside `folder` and put that in its place when all went well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        fill(temporary)
-        # mkdtemp and safetensors write for their owner alone; give everything the rights it would get otherwise.
-        mask = _umask()
-        temporary.chmod(0o777 & ~mask)
-        for file in temporary.iterdir():
-            if file.is_file():
-                file.chmod(0o666 & ~mask)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from loraplex.data import DataOptions, Example
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
-    from loraplex.analysis.clustering import Grouping
+    from loraplex.data.clustering import Grouping
 
 
 def of_one_group(
@@ -38,7 +38,7 @@ def find_groups(train: Sequence[Example], number: int | None, seed: int) -> Grou
     Raises:
         UserError: when the training rows have too few different prompts for that many groups.
     """
-    from loraplex.analysis.clustering import group_texts
+    from loraplex.data.clustering import group_texts
 
     texts = [row.asked for row in train]
     if number is None:

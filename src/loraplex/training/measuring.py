@@ -30,7 +30,6 @@ class Measured:
 
     def write(self, path: Path) -> None:
         """Write one JSON object per item."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_records(path, self.records)
 
     def __str__(self) -> str:

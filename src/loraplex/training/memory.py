@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -18,21 +18,30 @@ def start_peak() -> int:
     with contextlib.suppress(OSError):
         # Linux: 5 sets the high-water mark of the resident set to its present size.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS") or peak()
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak() -> int:
     """Return the largest number of bytes in use since `start_peak` (elsewhere than on Linux: since the start)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    return _high_water_mark() or _largest_resident_set()
 
 
-def _status(key: str) -> int:
-    """Return a size from /proc/self/status in bytes, 0 where there is none."""
+def _high_water_mark() -> int:
+    """Return VmHWM of /proc/self/status in bytes, 0 where there is none."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _largest_resident_set() -> int:
+    # Windows has no such module.
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from loraplex.plots import LIGHT, chart_of, save_picture, smoothed
+
 PACKAGES = ("loraplex", "torch", "peft", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
-INK, GRID, CURVE, FAINT, ACCENT = "#22303c", "#e3e8ec", "#1f6feb", "#a9c7f7", "#d1495b"
+# Share of the course over which its values are averaged.
+_SMOOTHING = 1 / 20
 
 
 def environment() -> dict[str, Any]:
@@ -59,42 +62,33 @@ def draw_loss(
     subtitle: str,
     learned: str = "token",
 ) -> None:
-    """Write the loss curve as a PNG: every entry faintly, their smoothed course boldly; in nats per `learned` thing."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Draw the loss curve: every entry faintly, their smoothed course boldly; in nats per `learned` thing.
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps, values = [entry["step"] for entry in losses], [entry["loss"] for entry in losses]
-    smooth = smoothed(values)
-    axes.plot(steps, values, color=FAINT, linewidth=1, label="loss")
-    axes.plot(steps, smooth, color=CURVE, linewidth=2.2, label="smoothed")
-    if validation:
-        points = [entry["step"] for entry in validation], [entry["loss"] for entry in validation]
-        axes.plot(*points, color=ACCENT, linewidth=1.4, marker="o", markersize=4, label="validation")
-    axes.set_xlabel("optimizer step", color=INK)
-    axes.set_ylabel(f"loss (nats per {learned})", color=INK)
-    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=22)
-    axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=INK, fontsize=9)
-    axes.grid(axis="y", color=GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=INK, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.01)
-    axes.legend(frameon=False, labelcolor=INK)
-    figure.savefig(path)
+    Losses that are not finite are left out: a chart has no place for them.
+    """
+    import altair as alt
 
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the mean of the neighbors of every value, weighted by exp(−d²/2w²) at distance d, w = 1/20 of them all."""
-    width = max(1.0, len(values) / 20)
-    means = []
-    for center in range(len(values)):
-        weights = [math.exp(-(((index - center) / width) ** 2) / 2) for index in range(len(values))]
-        means.append(sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights))
-    return means
+    losses = [entry for entry in losses if math.isfinite(entry["loss"])]
+    validation = [entry for entry in validation if math.isfinite(entry["loss"])]
+    course = smoothed([entry["loss"] for entry in losses], max(1.0, _SMOOTHING * len(losses)))
+    rows: dict[str, list[dict[str, Any]]] = {
+        "loss": [{"step": entry["step"], "loss": entry["loss"]} for entry in losses],
+        "smoothed": [{"step": entry["step"], "loss": mean} for entry, mean in zip(losses, course, strict=True)],
+        "validation": [{"step": entry["step"], "loss": entry["loss"]} for entry in validation],
+    }
+    colors = dict(zip(rows, (LIGHT.faint, LIGHT.arms[0], LIGHT.arms[1]), strict=True))
+    shown = [what for what in rows if rows[what]]
+    scale = alt.Scale(domain=shown, range=[colors[what] for what in shown])
+    lines = []
+    for what in shown:
+        point = alt.OverlayMarkDef(size=36) if what == "validation" else False
+        line = chart_of([{**row, "what": what} for row in rows[what]])
+        line = line.mark_line(strokeWidth=1 if what == "loss" else 2.2, point=point)
+        lines.append(
+            line.encode(
+                x=alt.X("step:Q", title="optimizer step", scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1)),
+                y=alt.Y("loss:Q", title=f"loss (nats per {learned})", scale=alt.Scale(zero=True)),
+                color=alt.Color("what:N", scale=scale, legend=alt.Legend(title=None)),
+            )
+        )
+    save_picture(path, alt.layer(*lines).properties(width=600, height=320), title, subtitle)

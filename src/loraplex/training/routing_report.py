@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.analysis.routing_plot import draw_routing
 from loraplex.data import tokenize, tokenize_texts
-from loraplex.training.folder import RunFolder, write_json
+from loraplex.files import write_json
+from loraplex.training.folder import RunFolder
 from loraplex.training.preparation import Rows
 from loraplex.training.recipe import Recipe
 from loraplex.tuner.routing import ROWS_PER_TASK, by_task, history, overview, plain

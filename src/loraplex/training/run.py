@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplex.training.folder import RunFolder, write_json
+from loraplex.files import write_json
+from loraplex.training.folder import RunFolder
 from loraplex.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,25 +84,24 @@ def train(
     """Train as the recipe says and return what came out; everything is in the folder `recipe.output`.
 
     `resume` goes on from the last whole checkpoint, to the bit-equal result of an uninterrupted run; `overwrite`
-    replaces an earlier run. `say` is told (topic, text) as the run proceeds, `progress` shows bars, `callbacks` join
+    replaces an earlier run, which is deleted when this one has finished, and put back when this one fails before its
+    first checkpoint. `say` is told (topic, text) as the run proceeds, `progress` shows bars, `callbacks` join
     those of the trainer, `count_flops` adds the operations per token to the metrics (it costs a step).
 
     Raises:
         UserError: for whatever the user can mend, before anything is lost.
         TrainingInterrupted: on Ctrl-C, after the state of training has been saved.
     """
-    # Usage statistics are the user's to give.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from loraplex.training import preparation
 
     recipe, decided = _resolve(preparation.resolve(recipe), resume, overwrite, say)
     run = _Run(recipe, RunFolder(recipe.output), say, progress, callbacks)
     loaded = _load(run)
-    run.folder.open(recipe, resume=resume)
-    if decided:
-        write_json(run.folder.decided, [choice.evidence for choice in decided])
-    metrics = _train_and_measure(run, loaded, resume, count_flops)
-    _write_reports(run, metrics)
+    with run.folder.opened(recipe, resume=resume):
+        if decided:
+            write_json(run.folder.decided, [choice.evidence for choice in decided])
+        metrics = _train_and_measure(run, loaded, resume, count_flops)
+        _write_reports(run, metrics)
     return RunResult(run.folder.path, run.folder.adapter, metrics)
 
 
@@ -113,6 +112,7 @@ def _resolve(
     from loraplex.training import preparation
 
     folder = RunFolder(recipe.output)
+    folder.recover()
     if not resume:
         folder.check(recipe, resume=resume, overwrite=overwrite)
     recipe, decided = preparation.resolve_from_data(recipe)

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.adapters.registry import SaveFormat
+from loraplex.files import fill_atomically
 from loraplex.models.agreement import model_logits
 from loraplex.models.fingerprint import write_base
-from loraplex.training.folder import fill_atomically
 from loraplex.training.reloading import Reload, checked, site_differences
 from loraplex.tuner.adapter_loading import load_adapter
 from loraplex.tuner.config import AdapterConfig

@@ -117,7 +117,9 @@ class Interruption(TrainerCallback):
         self._previous: Any = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
+        # A handler that was not set from Python could not be put back.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is not None:
             self._previous = signal.signal(signal.SIGINT, self._ask)
         return self
 

@@ -13,7 +13,8 @@ from loraplex.compat.peft import CONFIG_NAME
 from loraplex.errors import UserError
 from loraplex.models import fingerprint
 from loraplex.models.classifier import load_classifier
-from loraplex.models.loading import DType, load_model, quiet
+from loraplex.models.loading import DType, load_model
+from loraplex.models.quiet import quiet
 from loraplex.tuner.adapter_folder import local_folder, read_config
 from loraplex.tuner.adapter_loading import load_adapter
 

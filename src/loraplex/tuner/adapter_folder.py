@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from loraplex.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from loraplex.errors import UserError
+from loraplex.errors import UserError, remedy_here
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.options import LoraplexType, refuse_unknown
 
@@ -39,6 +39,8 @@ def local_folder(path: str, subfolder: str | None = None, **hub: Any) -> Path:
             ) from None
         except (OSError, ValueError, HfHubHTTPError) as error:
             reason = str(error).strip().split("\n")[0]
+            if (remedy := remedy_here(error)) is not None:
+                raise UserError(f"cannot fetch the adapter '{path}': {reason}; {remedy}") from error
             raise UserError(f"no adapter folder or hub id '{path}': {reason}") from None
         folder = Path(files[0]).parent
     if not (folder / CONFIG_NAME).is_file():

@@ -49,7 +49,9 @@ def load_adapter(
         try:
             return _load(model, str(folder), name, config, is_trainable, kwargs)
         except KeyError as error:
-            # PEFT looks up modules_to_save and trainable tokens without checking
+            # PEFT looks up modules_to_save and trainable tokens without checking; their keys are dotted names
+            if not isinstance(error.args[0], str) or "." not in error.args[0]:
+                raise
             raise UserError(f"the adapter file in {folder} lacks a tensor: {error.args[0]}") from None
 
 

@@ -21,7 +21,8 @@ from loraplex.tuner.layer import ADAPTERS, SiteLayer
 from loraplex.tuner.shared import SHARED
 from loraplex.tuner.shortcuts.compaction import GATE, compacted, is_compacted
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Before every module's name in the file of an adapter: PEFT's own two layers around the base model."""
 ALLOCATION = f"base_model.{SHARED}.allocation"
 """Key of the allocation that has set the gates in a file, as text in bytes."""
 _LORA_NAMES = {
@@ -75,7 +76,7 @@ def file_tensors(
     written = {}
     for site, named in by_site.items():
         if config.state.finished_ranks is not None:
-            named = _compacted(named, scales[site.removeprefix(_PREFIX)])
+            named = _compacted(named, scales[site.removeprefix(PREFIX)])
         written.update({f"{site}.{_LORA_NAMES[name]}": value for name, value in named.items() if name != GATE})
     return written
 
@@ -112,10 +113,10 @@ def _compacted_own(
     sites: dict[str, dict[str, Tensor]] = {}
     for (site, container, name), value in split.items():
         if container == ADAPTERS:
-            sites.setdefault(site.removeprefix(_PREFIX), {})[name] = value
+            sites.setdefault(site.removeprefix(PREFIX), {})[name] = value
     kept = {place: value for place, value in split.items() if place[1] != ADAPTERS}
     for site, named in compacted(sites, config).items():
-        kept.update({(_PREFIX + site, ADAPTERS, name): value for name, value in named.items()})
+        kept.update({(PREFIX + site, ADAPTERS, name): value for name, value in named.items()})
     return kept
 
 
@@ -131,7 +132,7 @@ def peft_tensors(layers: Iterable[SiteLayer], adapter_name: str) -> tuple[dict[s
         if len(a):
             combine = {f"combine.{name}": value.detach() for name, value in adapter.combine.state_dict().items()}
             named = {"factors.lora_A": a, "factors.lora_B": b, **combine}
-            tensors.update({f"{_PREFIX}{layer.site}.{_LORA_NAMES[name]}": value for name, value in named.items()})
+            tensors.update({f"{PREFIX}{layer.site}.{_LORA_NAMES[name]}": value for name, value in named.items()})
     return ranks, tensors
 
 
@@ -179,14 +180,14 @@ def model_tensors(
         own = _own_key(site, container, name)
         file_key = f"{site}.{_LORA_NAMES.get(name, name)}" if lora_naming else own
         translated[file_key] = key
-        if not file_key.startswith(_PREFIX):
+        if not file_key.startswith(PREFIX):
             # layers injected without a PeftModel: the file has PEFT's prefix, the model has not
-            translated[_PREFIX + file_key] = key
+            translated[PREFIX + file_key] = key
     loaded: dict[str, Tensor] = {}
     for key, value in tensors.items():
         # stock PEFT writes the biases of modules_to_save a second time (bias='all')
         name = translated.get(key, key.replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias"))
-        if name not in ours and name.removeprefix(_PREFIX) not in ours:
+        if name not in ours and name.removeprefix(PREFIX) not in ours:
             raise UserError(f"the adapter file holds '{key}', which this model and config do not have")
         loaded[name] = value
     for key, value in adapter.items():
@@ -199,13 +200,13 @@ def model_tensors(
 
 
 def _check_complete(expected: dict[str, Tensor], loaded: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    missing = [key for key in expected if key not in loaded and _PREFIX + key not in loaded]
+    missing = [key for key in expected if key not in loaded and PREFIX + key not in loaded]
     if missing:
         raise UserError(
             f"the adapter file lacks {len(missing)} of {len(expected)} tensors, the first is '{missing[0]}'"
         )
     for key, value in loaded.items():
-        own = ours[key if key in ours else key.removeprefix(_PREFIX)]
+        own = ours[key if key in ours else key.removeprefix(PREFIX)]
         if value.shape != own.shape:
             raise UserError(
                 f"'{key}' is {tuple(value.shape)} in the file and {tuple(own.shape)} in the model: "

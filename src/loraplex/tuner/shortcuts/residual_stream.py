@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.errors import UserError
+from loraplex.errors import UserError, is_out_of_memory
 from loraplex.models.modes import evaluation_mode
 
 TOKENS = (0, 1, 2)
@@ -50,6 +50,8 @@ def find_places(model: nn.Module, blocks: nn.ModuleList) -> list[Places]:
             with contextlib.suppress(_SeenError):
                 model(input_ids=torch.tensor([TOKENS], device=_device(model)))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"shortcuts need the residual stream, and the model does not run on three tokens to find it: {reason}"

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.analysis.texts import MOST_TEXTS, Array, TextPoints, text_points
+from loraplex.data.texts import MOST_TEXTS, Array, TextPoints, text_points
 from loraplex.errors import UserError, nearest
 
 Method = Literal["kmeans", "ward", "dbscan"]

@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from tests.analysis.topics import TOPICS, prompts
+from tests.data.topics import TOPICS, prompts
 
-from loraplex.analysis.clustering import Method, Partition, _decide, elbow, group_texts, inertia, silhouette
-from loraplex.analysis.texts import text_points
+from loraplex.data.clustering import Method, Partition, _decide, elbow, group_texts, inertia, silhouette
+from loraplex.data.texts import text_points
 from loraplex.errors import UserError
 
 METHODS = get_args(Method)

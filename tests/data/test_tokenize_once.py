@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from loraplex.data import Example, Message, tokenize, tokenize_once
-from loraplex.data import row_cache as row_cache_module
+from loraplex.data import Example, Message, tokenization, tokenize, tokenize_once
+from loraplex.errors import UserError
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def tokenizer(tiny_model: Path) -> Any:
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path))
-    monkeypatch.setattr(row_cache_module, "WORTH_KEEPING", 2)
+    monkeypatch.setattr(tokenization, "WORTH_KEEPING", 2)
     return tmp_path / "rows"
 
 
@@ -51,7 +51,7 @@ def test_whatever_changes_the_rows_changes_the_file(tokenizer: Any, kept: Path) 
 
 def test_chat_turns_and_plain_text_of_the_same_words_differ() -> None:
     chat = Example((Message("user", "the cat"),), " sat")
-    assert row_cache_module._key([chat], []) != row_cache_module._key([Example("the cat", " sat")], [])
+    assert tokenization._key([chat], []) != tokenization._key([Example("the cat", " sat")], [])
 
 
 def test_a_damaged_file_is_made_anew(tokenizer: Any, kept: Path) -> None:
@@ -66,3 +66,28 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tokenizer: Any, kept: Path)
     kept.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="not kept for next time"):
         assert tokenize_once(EXAMPLES, tokenizer) == tokenize(EXAMPLES, tokenizer)
+
+
+def test_nothing_is_kept_where_caching_is_switched_off(tokenizer: Any, kept: Path) -> None:
+    from datasets import disable_caching, enable_caching
+
+    disable_caching()
+    try:
+        assert tokenize_once(EXAMPLES, tokenizer) == tokenize(EXAMPLES, tokenizer)
+    finally:
+        enable_caching()
+    assert not kept.exists()
+
+
+def test_rows_that_leave_nothing_are_refused_with_the_reason(tokenizer: Any, kept: Path) -> None:
+    with pytest.raises(UserError, match="max_length 1 leaves nothing"):
+        tokenize_once(EXAMPLES[:2], tokenizer, 1)
+
+
+def test_bars_are_as_they_were(tokenizer: Any, kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from datasets.utils import are_progress_bars_disabled
+
+    before = are_progress_bars_disabled()
+    tokenize_once(EXAMPLES, tokenizer)
+    assert are_progress_bars_disabled() == before
+    assert capfd.readouterr().err == ""
