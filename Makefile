@@ -24,7 +24,7 @@ help:
 	@echo "make test-lowest  run the core tests with the lowest versions of peft, transformers and accelerate"
 	@echo "make test-matrix  run them with other versions of torch and Python too, and write docs/versions.md (an hour)"
 	@echo "make test-wheel  build the wheel and use it in an empty environment, without this checkout"
-	@echo "make check   format, lint and types"
+	@echo "make check   format, lint, types, and the layers of the packages"
 	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (two hours on an idle machine)"
 	@echo "make setup   install into .venv; the others do it by themselves"
 	@echo "make clean   remove .venv and what the tools left behind"
@@ -74,6 +74,7 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 bench: setup
 	@for part in training layers routed-layers allocation evaluation startup growth; do $(BIN)/python -m benchmarks $$part $(ARGS) || exit 1; done

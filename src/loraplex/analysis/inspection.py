@@ -22,7 +22,7 @@ from loraplex.export.pairs import SitePair, every_pair, open_shortcuts, read_pai
 from loraplex.export.subject import ExportCandidate, trained_beside
 from loraplex.export.targets import refusals
 from loraplex.models.loading import EMBEDDED, load_config, load_tokenizer
-from loraplex.training.folder import RunFolder
+from loraplex.run_paths import RunPaths
 from loraplex.tuner.adapted_model import adapter_folder, base_name, load_adapted
 from loraplex.tuner.adapter_folder import check_weights, read_config
 from loraplex.tuner.model import LoraplexTuner
@@ -120,7 +120,7 @@ def inspect(adapter: str, model: str | None = None, data: DataOptions | None = N
 
 def _kept_routing(folder: Path) -> dict[str, Any] | None:
     """Return what the run around an adapter folder has kept of its gates; a damaged file counts as absent."""
-    run = RunFolder(folder.parent)
+    run = RunPaths(folder.parent)
     if folder.name != run.adapter.name:
         return None
     try:

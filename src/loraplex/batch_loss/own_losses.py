@@ -39,4 +39,5 @@ def _share(kwargs: Mapping[str, Any]) -> float | Tensor:
     items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if items is None or not isinstance(labels, Tensor):
         return 1.0
-    return (labels[:, 1:] != IGNORED).sum() / items
+    share: Tensor = (labels[:, 1:] != IGNORED).sum() / items
+    return share

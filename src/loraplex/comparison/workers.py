@@ -22,8 +22,6 @@ MODULES = (
     "loraplex.training.routing_report",
     "loraplex.training.saving",
     "loraplex.training.counts",
-    "matplotlib.figure",
-    "matplotlib.backends.backend_agg",
 )
 
 

@@ -39,7 +39,8 @@ def random_states(device: torch.device) -> list[bytes]:
     import numpy as np
 
     states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
-    states.append(np.random.get_state()[1].tobytes() + repr(np.random.get_state()[2:]).encode())
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    states.append(repr((kind, rest)).encode() + np.asarray(keys).tobytes())
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device).numpy().tobytes())
     return states

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from loraplex.models.fingerprint import FILE
-from loraplex.training.folder import RunFolder
+from loraplex.run_paths import RunPaths
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class History:
 
 def read_history(folder: Path) -> History:
     """Return what the adapter folder and the run around it say; a damaged file counts as absent."""
-    base, run = _json(folder / FILE), RunFolder(folder.parent)
+    base, run = _json(folder / FILE), RunPaths(folder.parent)
     if folder.name != run.adapter.name:
         return History(base.get("commit"), base.get("parameters"))
     return History(base.get("commit"), base.get("parameters"), _yaml(run.recipe), _json(run.metrics))

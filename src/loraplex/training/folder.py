@@ -11,6 +11,7 @@ from typing import Any
 
 from loraplex.errors import UserError
 from loraplex.files import hidden, leftovers, recover, remove, sync, write_atomically, write_json
+from loraplex.run_paths import RunPaths
 from loraplex.training.reading import read_recipe, recipe_to_dict, recipe_to_yaml
 from loraplex.training.recipe import Recipe
 
@@ -23,46 +24,8 @@ _HEADER = "# The recipe of this run with every default spelled out: loraplex tra
 NOT_TRAINED_ON = ("evaluation", "output", "training.save_every", "training.keep_checkpoints", "training.logging_every")
 
 
-class RunFolder:
-    """The folder of one run."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.adapter = self.path / "adapter"
-        self.checkpoints = self.path / "checkpoints"
-        self.evaluation = self.path / "evaluation"
-        self.recipe = self.path / "recipe.yaml"
-        self.decided = self.path / "decided.json"
-        self.plan = self.path / "plan.json"
-        self.metrics = self.path / "metrics.json"
-        self.environment = self.path / "environment.json"
-        self.plot = self.path / "loss.png"
-        self.ranks_plot = self.path / "ranks.png"
-        self.routing = self.path / "routing.json"
-        self.routing_plot = self.path / "routing.png"
-        self._earlier = self.path / "earlier-run"
-
-    @property
-    def contents(self) -> tuple[Path, ...]:
-        """Everything a run writes; nothing else in the folder is ever moved or deleted.
-
-        In the order in which it is moved aside: without metrics a run is not finished, and where the recipe lies aside
-        everything does.
-        """
-        return (
-            self.metrics,
-            self.adapter,
-            self.checkpoints,
-            self.evaluation,
-            self.decided,
-            self.plan,
-            self.environment,
-            self.plot,
-            self.ranks_plot,
-            self.routing,
-            self.routing_plot,
-            self.recipe,
-        )
+class RunFolder(RunPaths):
+    """The folder of one run: who may write to it, and which of its checkpoints are whole."""
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         """Refuse, before anything slow happens and without touching a file, what would lose or mix results.
@@ -114,14 +77,14 @@ class RunFolder:
         except BaseException:
             self.recover()
             raise
-        for earlier in leftovers(self._earlier, "old"):
+        for earlier in leftovers(self.earlier, "old"):
             remove(earlier)
 
     def recover(self) -> None:
         """Put the folder in order after a run that failed or was killed, and say in a warning what was found."""
         for path in self.contents:
             recover(path)
-        for earlier in reversed(leftovers(self._earlier, "old")):
+        for earlier in reversed(leftovers(self.earlier, "old")):
             if self.metrics.is_file():
                 remove(earlier)
             elif (earlier / self.recipe.name).exists() and (self.adapter.is_dir() or self.last_checkpoint()):
@@ -134,7 +97,7 @@ class RunFolder:
         found = [path for path in self.contents if path.exists()]
         if not found:
             return
-        aside = hidden(self._earlier, "old")
+        aside = hidden(self.earlier, "old")
         aside.mkdir()
         for path in found:
             path.rename(aside / path.name)

@@ -72,8 +72,8 @@ class ClosedRanks(TrainingHook):
                 if tensors := _trained(adapter, held):
                     kept += _keep_still(tensors, self._known(optimizer, adapter, tensors))
             for name in tuner.active_adapters:
-                config = tuner.peft_config[name]
-                if _moves(config) and not config.state.driven and _holds(held, tuner, name):
+                config = tuner.config_of(name)
+                if config is not None and _moves(config) and not config.state.driven and _holds(held, tuner, name):
                     raise UserError(
                         f"adapter '{name}' has an allocation that nobody drives: a Trainer does so by itself when it "
                         "is made after the adapter; in a loop of your own call loraplex.start_allocation before the "
