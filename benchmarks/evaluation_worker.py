@@ -39,7 +39,7 @@ def main(work: EvaluationWork) -> None:
 
 
 def _ours(work: EvaluationWork) -> Scorer:
-    from loraplex.evaluation import score_options
+    from loraplex.evaluation.options import score_options
     from loraplex.models.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(MODEL, work.dtype), load_tokenizer(MODEL)

@@ -9,9 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.warm_python import WarmPython
 
 WORDS = "the cat sat on the mat and the dog ran over the hill while rain fell"
 
@@ -37,6 +39,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Python processes that have imported what a job of a comparison imports: torch to loraplex."""
+    from loraplex.comparison.workers import MODULES
+
+    with WarmPython(MODULES) as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def stock_python() -> Iterator[WarmPython]:
+    """Python processes that have imported torch, transformers and PEFT, and have never heard of loraplex."""
+    with WarmPython(("torch", "transformers", "peft", "safetensors.torch")) as python:
+        yield python
 
 
 @pytest.fixture

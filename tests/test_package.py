@@ -3,8 +3,11 @@
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraplex
 from loraplex.errors import UserError, nearest
@@ -48,18 +51,52 @@ def test_a_warning_of_ours_is_an_error_and_one_of_others_is_not() -> None:
         warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.modeling_utils")
 
 
+OWN_FOLDER = """
+import sys
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64,
+                                    num_attention_heads=4, num_key_value_heads=2))
+print(type(PeftModel.from_pretrained(base, sys.argv[1]).base_model).__name__)
+"""
+
+
 @pytest.mark.parametrize(
-    "imports",
+    ("first", "works"),
     [
-        "import loraplex, peft",
-        "import peft, loraplex",
-        "import loraplex, transformers, importlib.util as u; u.find_spec('peft')",
+        ("from loraplex import AdapterConfig", True),
+        ("import peft, loraplex; loraplex.load_adapter", True),
+        ("import transformers\nfrom loraplex.tuner.layer import SiteLayer", True),
+        ("import loraplex", False),
+        ("", False),
     ],
 )
-def test_peft_knows_our_type_in_whatever_order_they_are_imported(imports: str) -> None:
-    script = f"{imports}; from peft import PEFT_TYPE_TO_CONFIG_MAPPING as known; print('LORAPLEX' in list(known))"
+def test_peft_loads_our_own_type_once_loraplex_is_used_and_refuses_it_before(
+    first: str, works: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    config = loraplex.AdapterConfig(adapter="lora-xs", r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(str(tmp_path))
+    command = [sys.executable, "-c", f"{first}\n{OWN_FOLDER}", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if works:
+        assert (done.returncode, done.stdout) == (0, "LoraplexTuner\n"), done.stderr
+    else:
+        assert done.returncode == 1
+        assert "LORAPLEX" in done.stderr.splitlines()[-1]
+
+
+def test_importing_it_leaves_the_import_system_alone() -> None:
+    script = "import sys; before = list(sys.meta_path)\nimport loraplex; print(sys.meta_path == before)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+def test_what_looks_for_special_attributes_loads_nothing() -> None:
+    script = "import sys, loraplex; print(hasattr(loraplex, '__wrapped__'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
 
 
 def test_nearest_names_what_was_probably_meant() -> None:

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_dir() -> Path:
-    """Return the cache folder: the environment variable LORAPLEX_CACHE, else the user's own cache. It may not exist."""
-    chosen = os.environ.get("LORAPLEX_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("loraplex")
+    """Return the cache folder: LORAPLEX_CACHE, else `loraplex` where torch and the hub client keep theirs.
+
+    That is XDG_CACHE_HOME, else ~/.cache, on every system. The folder may not exist.
+    """
+    if chosen := os.environ.get("LORAPLEX_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loraplex"
 
 
 def write_whole(file: Path, write: Callable[[Path], None]) -> None:

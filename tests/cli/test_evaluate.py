@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.cli.evaluate import _FORMATS
 from loraplex.cli.main import main
-from loraplex.data.options import Format
 
 WORDS = ("the", "cat", "sat", "mat", "and", "dog", "ran", "over", "hill", "rain")
 
@@ -107,8 +105,3 @@ def test_what_is_refused(rows: Path, tiny_model: Path, tmp_path: Path, capsys: p
         assert message in error
         assert error.count("\n") == 1, error
     assert [entry.name for entry in full.iterdir()] == ["kept"]
-
-
-def test_the_formats_are_those_of_the_data_options() -> None:
-    # The command lists them itself, because its help page imports nothing of the package.
-    assert tuple(_FORMATS) == Format.__args__  # type: ignore[attr-defined]

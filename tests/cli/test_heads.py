@@ -87,11 +87,11 @@ def test_what_is_refused(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([str(rows), "--least", "6", "--most", "5"], 1, "the numbers to try, 6 to 5, make no sense"),
         ([str(rows), "--least", "1"], 1, "the numbers to try, 1 to 10, make no sense"),
         ([str(rows), "--most", "200"], 1, "too few to tell 200 groups apart"),
-        ([str(rows), "--method", "means"], 2, "'means' is not one of"),
+        ([str(rows), "--method", "means"], 2, "argument --method: invalid choice: 'means'"),
         ([str(rows), "--output", str(file)], 1, "is a file: give a folder"),
         ([str(rows), str(recipe)], 1, "is a recipe: give it alone"),
         ([str(recipe), "--prompt", "{x}"], 1, "--prompt and --limit go with data"),
-        ([], 2, "Missing argument 'DATA...'"),
+        ([], 2, "the following arguments are required: DATA"),
     ]:
         assert main(["heads", *arguments]) == status, arguments
         error = capsys.readouterr().err

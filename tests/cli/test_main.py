@@ -1,14 +1,18 @@
 """The group: what it imports, what it prints and with which status it ends."""
 
+import argparse
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import types
 
-import click
 import pytest
 
-from loraplex.cli.main import COMMANDS, LazyCommand, cli, main
+from loraplex import __version__
+from loraplex.cli.arguments import Parser
+from loraplex.cli.main import COMMANDS, Command, main
 from loraplex.errors import UserError
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "matplotlib", "rich", "pydantic", "sklearn", "scipy")
@@ -25,8 +29,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 raised: list[BaseException] = []
 
 
-@click.command()
-def fail() -> None:
+def parser(prog: str) -> Parser:
+    """Return the parser of the command `fail`, for which this module stands."""
+    return Parser(prog, "Fails.")
+
+
+def run_command(_: argparse.Namespace) -> None:
     """Raise what the test has chosen."""
     raise raised.pop()
 
@@ -34,17 +42,20 @@ def fail() -> None:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Add the command `fail`, which raises what is in `raised`."""
-    monkeypatch.setitem(COMMANDS, "fail", LazyCommand(f"{__name__}:fail", ""))
+    module = types.SimpleNamespace(parser=parser, run=run_command)
+    monkeypatch.setitem(sys.modules, "failing_command", module)
+    monkeypatch.setitem(COMMANDS, "fail", Command("failing_command", ""))
 
 
 def script_with(name: str, body: str) -> str:
     """Return a program that runs `loraplex NAME` with `body` as that command's code."""
     return (
-        "import sys, time, types, warnings, click\n"
-        "from loraplex.cli.main import COMMANDS, LazyCommand, main\n"
-        f"@click.command()\ndef {name}():\n    {body}\n"
-        f"sys.modules['extra'] = types.SimpleNamespace({name}={name})\n"
-        f"COMMANDS['{name}'] = LazyCommand('extra:{name}', '')\n"
+        "import sys, time, types, warnings\n"
+        "from loraplex.cli.arguments import Parser\n"
+        "from loraplex.cli.main import COMMANDS, Command, main\n"
+        f"def run(_):\n    {body}\n"
+        "sys.modules['extra'] = types.SimpleNamespace(parser=lambda prog: Parser(prog, ''), run=run)\n"
+        f"COMMANDS['{name}'] = Command('extra', '')\n"
         f"sys.exit(main(['{name}']))"
     )
 
@@ -67,11 +78,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_exists_under_its_name_and_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    assert command.name == name
+    assert callable(importlib.import_module(COMMANDS[name].module).run)
     assert main([name, "--help"]) == 0
-    assert f"Usage: loraplex {name}" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"usage: loraplex {name} ")
 
 
 def test_help_lists_every_command_with_its_summary() -> None:
@@ -186,3 +195,46 @@ def test_threads_spin_briefly_unless_the_user_says_how_they_wait(environment: di
     inherited = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=True)
     assert done.stdout == f"{spins}\n"
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"loraplex {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--trace"], "there is no option '--trace'. Did you mean '--traceback'? ('loraplex --help' shows"),
+        (
+            ["heads", "rows.jsonl", "--limt", "3"],
+            "there is no option '--limt'. Did you mean '--limit'? ('loraplex heads",
+        ),
+        (
+            ["generate", "x", "--prompt", "x", "--max-new-tokens", "0"],
+            "tokens: '0' is not a whole number of at least 1",
+        ),
+        (["eval", "none", "--batch-size", "few"], "argument --batch-size: 'few' is not a whole number of at least 1"),
+        (["generate", "x", "--prompt", "x", "--top-p", "2"], "--top-p: '2' is not a number above 0 and at most 1"),
+        (["methods", "hetero", "alora"], "too many arguments: alora"),
+        (["plan"], "give one recipe, none is given ('loraplex plan --help' shows what there is)"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    command = [sys.executable, "-c", script_with("fill", "[print(number) for number in range(10**5)]")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.wait(timeout=60), process.stderr.read()) == (1, "")

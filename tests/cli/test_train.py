@@ -1,17 +1,15 @@
 """`loraplex train` as a user meets it: what is wrong is one line, and Ctrl-C loses nothing."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.warm_python import WarmPython
 
 from loraplex.cli.main import main
 
@@ -147,15 +145,12 @@ def test_a_base_that_does_not_fit_the_adapter(
     assert f"was trained on '{tiny_model}' with num_hidden_layers 2, this base model has 1: use '{tiny_model}'" in error
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "loraplex", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-
-
-def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(tiny_recipe: Path) -> None:
+def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(
+    tiny_recipe: Path, warm_python: WarmPython
+) -> None:
     folders = {name: tiny_recipe.parent / name for name in ("whole", "stopped")}
     long = ["--max-steps", "60", "--training.save_every", "20", "--evaluation.kind", "none"]
-    process = start(str(tiny_recipe), *long, "--output", str(folders["stopped"]))
+    process = warm_python.start("-m", "loraplex", "train", str(tiny_recipe), *long, "--output", str(folders["stopped"]))
     checkpoint = folders["stopped"] / "checkpoints/checkpoint-20/loraplex_files.json"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -177,8 +172,9 @@ def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(tiny_rec
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_a_wrong_recipe_ends_with_status_one_in_a_process_of_its_own(tiny_recipe: Path) -> None:
-    process = start(str(tiny_recipe), "--batch-size", "none of it")
-    output, error = process.communicate(timeout=60)
-    assert (process.returncode, output) == (1, "")
-    assert error == "error: --training.batch_size is 'none of it', expected a valid integer.\n"
+def test_a_wrong_recipe_ends_with_status_one_in_a_process_of_its_own(
+    tiny_recipe: Path, warm_python: WarmPython
+) -> None:
+    done = warm_python.run("-m", "loraplex", "train", str(tiny_recipe), "--batch-size", "none of it")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --training.batch_size is 'none of it', expected a valid integer.\n"

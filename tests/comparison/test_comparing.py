@@ -1,23 +1,27 @@
 """A whole comparison on a tiny model: complete, continued after a kill, extended without training anything twice."""
 
+import contextlib
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests.conftest import write_tiny_recipe
+from tests.warm_python import WarmPython
 
 from loraplex.cli.main import main
 from loraplex.comparison.compare import _Sweep, compare
 from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.comparison.grouped import joined
+from loraplex.comparison.identity import Identifier
 from loraplex.comparison.jobs import Kind, make_job
 from loraplex.comparison.results import Comparison, Item, Run, read_results
+from loraplex.comparison.workers import Workers
 from loraplex.errors import UserError
+from loraplex.training.folder import RunFolder
 from loraplex.training.reading import read_recipe
 
 ARMS = """arms:
@@ -109,21 +113,46 @@ def test_added_arms_and_seeds_reuse_what_is_there(finished: tuple[Path, Comparis
     assert len(kept) == 2
     assert all(entry in outcome(found) for entry in kept)
     # The base model and the runs of seed 0 that both have.
-    assert ("runs", "3 of 7 are there already") in said
+    assert ("reused", "3 of 7: base, lora-s0, peft-s0") in said
+
+
+@pytest.mark.slow
+def test_what_was_made_from_other_data_is_made_again_and_the_reason_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_model, "arms:\n  lora: lora\n  low: {adapter: {r: 1}}\n", "seeds: [0]\n", tested=False)
+    said: list[tuple[str, str]] = []
+
+    def losses() -> list[object]:
+        said.clear()
+        found = compare(read_comparison(path), say=lambda topic, words: said.append((topic, words)))
+        assert [arm.runs[0].state for arm in found.arms] == ["finished"] * 2
+        return [arm.runs[0].loss for arm in found.arms]
+
+    before = losses()
+    assert not {"reused", "again"} & {topic for topic, _ in said}
+    rows = tmp_path / "rows.jsonl"
+    text = rows.read_text()
+    rows.write_text(text.replace("hill", "mill").replace('"answer": 0', '"answer": 1'))
+    assert all(now != old for now, old in zip(losses(), before, strict=True))
+    assert ("again", f"lora-s0, low-s0: the data of {rows} have changed") in said
+    # with the old content the old results are there again, and nothing is trained
+    rows.write_text(text)
+    assert losses() == before
+    assert ("reused", "2 of 2: lora-s0, low-s0") in said
+    assert "again" not in {topic for topic, _ in said}
 
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_table(
-    finished: tuple[Path, Comparison], tiny_model: Path, tmp_path: Path
+    finished: tuple[Path, Comparison], tiny_model: Path, tmp_path: Path, warm_python: WarmPython
 ) -> None:
     path = write(tmp_path, tiny_model)
     path.write_text(path.read_text().replace("[0, 1]", "[0]"))
-    command = [sys.executable, "-m", "loraplex", "compare", str(path), "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = warm_python.start("-m", "loraplex", "compare", str(path), "--quiet")
     deadline = time.monotonic() + 300
     # In the middle: one run is finished, the next one has begun.
     while not any((tmp_path / "out/runs").glob("*-s0-*/metrics.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert _workers(str(tmp_path))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out/results.json").exists()
@@ -137,15 +166,40 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     assert mine == str(uninterrupted).replace(str(finished[0].parent), "")
 
 
-def _workers(folder: str) -> list[int]:
-    """Return the processes that work on a comparison in `folder`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if "loraplex.comparison.worker" in (text := entry.read_text()) and folder in text:
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
+@pytest.mark.slow
+def test_ctrl_c_lets_the_running_job_save_its_state(tiny_model: Path, tmp_path: Path, warm_python: WarmPython) -> None:
+    path = write(tmp_path, tiny_model, "arms:\n  lora: lora\n", "seeds: [0]\n", tested=False)
+    path.write_text(path.read_text().replace("max_steps: 4", "max_steps: 5000"))
+    # a process group of its own, as a terminal gives every command
+    code = (
+        "import os, sys\nfrom loraplex.cli.main import main\nos.setsid()\n"
+        f"sys.exit(main(['compare', {str(path)!r}, '--quiet']))"
+    )
+    process = warm_python.start("-c", code)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("out/runs/*/checkpoints/checkpoint-3/loraplex_files.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.process.pid, signal.SIGINT)
+    _, error = process.communicate(300)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == ("interrupted: what has finished is kept, the same command goes on from there")
+    assert not _workers(str(tmp_path))
+    (run,) = tmp_path.glob("out/runs/*")
+    newest = max(run.glob("checkpoints/checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    assert RunFolder(run).last_checkpoint() == newest
+    assert not RunFolder(run).metrics.exists()
+    assert "Traceback" not in (tmp_path / "out/logs/lora-s0.log").read_text()
+
+
+def _workers(folder: str) -> set[int]:
+    """Return the processes that work on a comparison in `folder`: their log is a file there."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/2"):
+        with contextlib.suppress(OSError):
+            if str(entry.readlink()).startswith(f"{folder}/out/logs/"):
+                found.add(int(entry.parts[2]))
     return found
 
 
@@ -276,12 +330,14 @@ def test_recipes_are_written_for_finished_jobs_too(tmp_path: Path, tiny_recipe: 
     """Another recipe may have left its file under the same name: the printed command has to repeat this run."""
     recipe = read_recipe(tiny_recipe)
     (tmp_path / "out").mkdir()
-    job = make_job(Kind.TRAIN, "lora-s0", recipe, tmp_path / "out")
+    job = make_job(Kind.TRAIN, "lora-s0", recipe, tmp_path / "out", Identifier())
     job.folder.mkdir(parents=True)
     job.result.write_text("{}")
     job.file.parent.mkdir()
     job.file.write_text("another recipe")
-    sweep = _Sweep(read_comparison(write(tmp_path, Path(recipe.model.name))), lambda topic, text: None, False)
+    sweep = _Sweep(
+        read_comparison(write(tmp_path, Path(recipe.model.name))), lambda topic, text: None, False, Workers()
+    )
     sweep.carry_out([job], "runs")
     assert read_recipe(job.file).training == recipe.training
 

@@ -205,7 +205,26 @@ def test_one_seed_and_a_loss_that_is_not_a_number_have_a_report(tmp_path: Path) 
     page = written(tmp_path, replace(plain, arms=arms, seeds=[0]))
     curve = next(c for c in json.loads(page.scripts[0])["sections"][0]["charts"] if c["id"] == "c0-learning-curves")
     assert {row["step"] for rows in curve["spec"]["datasets"].values() for row in rows} == {1}
-    assert "One seed says nothing" in page.text or "one seed says nothing" in page.text
+    assert "one seed says nothing" in page.text
+
+
+def test_one_seed_gives_no_verdict_anywhere_on_the_page(tmp_path: Path) -> None:
+    plain = simulated("One seed", SMALL)
+    reference, other = (replace(arm, runs=arm.runs[:1]) for arm in plain.arms)
+    all_wrong = [replace(item, correct=False) for item in reference.runs[0].items]
+    reference = replace(reference, runs=[replace(reference.runs[0], items=all_wrong)])
+    once = replace(plain, arms=[reference, other], seeds=[0])
+    summary = summarize(once)
+    (contrast,) = summary.contrasts
+    assert contrast.adjusted_p_value < 1e-9
+    row = next(row for row in table.rows(once, summary) if row.name == other.name)
+    cells = {column.title: column.cell(row) for column in table.columns([row], once.reference)}
+    assert (cells["points"].mark, cells["p"].text) == (None, table.NOTHING)
+    for page in (written(tmp_path / "one", once), written(tmp_path / "two", once, replace(once, name="Again"))):
+        classes = {attributes.get("class") for _, attributes in page.tags}
+        assert "verdict open" in classes
+        assert not classes & {"verdict better", "verdict worse"}
+        assert "could be detected" not in page.text
 
 
 def test_the_table_says_what_the_runs_say(comparison: Comparison) -> None:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex.data import Example
 from loraplex.errors import UserError
-from loraplex.evaluation import score_answer_loss, score_options
-from loraplex.evaluation.answer_loss import Loss
+from loraplex.evaluation.answer_loss import Loss, score_answer_loss
+from loraplex.evaluation.options import score_options
 from loraplex.training.measuring import items_of_accuracy, measure
 from loraplex.training.recipe import EvaluationOptions
 

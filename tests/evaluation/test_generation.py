@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex.data import Example, Message
 from loraplex.errors import UserError
-from loraplex.evaluation import LLM_ADAPTERS, Decoding, score_generation
-from loraplex.evaluation.generation import first_label, generate_texts
+from loraplex.evaluation.generation import LLM_ADAPTERS, Decoding, first_label, generate_texts, score_generation
 
 PROMPTS = ["the cat", "q", "the dog ran over the hill while", "rain fell on the mat and the cat"]
 

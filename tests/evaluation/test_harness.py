@@ -1,16 +1,16 @@
 """The bridge to lm-evaluation-harness: its numbers are ours, and its absence is one line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from tests.bare import pretend_installed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex.data import DataOptions, read_examples
 from loraplex.errors import UserError
-from loraplex.evaluation import score_options
 from loraplex.evaluation.harness import run_harness
+from loraplex.evaluation.options import score_options
 
 TASK = """\
 task: tiny_local
@@ -25,10 +25,10 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
-def test_an_absent_harness_is_one_line(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+def test_an_absent_harness_is_one_line(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(pretend_installed(tmp_path, "no-such-harness; extra == 'eval'"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    with pytest.raises(UserError, match=r"--lm-eval needs the package lm-eval .*pip install 'loraplex\[eval\]'"):
+    with pytest.raises(UserError, match=r"--lm-eval needs no-such-harness, .*pip install 'loraplex\[eval\]'"):
         run_harness(model, tokenizer, ["piqa"])
 
 

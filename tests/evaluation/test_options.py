@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex.data import Example
 from loraplex.errors import UserError
-from loraplex.evaluation import score_options, write_records
+from loraplex.evaluation.options import score_options
+from loraplex.evaluation.results import write_records
 
 EXAMPLES = [
     Example("the cat", " sat on the mat", (" sat on the mat", " ran"), 0, task="cats", source="f:1"),

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from loraplex.data import Example
-from loraplex.evaluation import Accuracies, Accuracy, majority_share
 from loraplex.evaluation.batches import length_batches
+from loraplex.evaluation.results import Accuracies, Accuracy, majority_share
 
 
 def test_accuracy_has_the_binomial_standard_error() -> None:

@@ -1,14 +1,12 @@
 """The model card: what is known of the run is in it, and its lines of code run in its folder."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from tests.conftest import write_tiny_recipe
+from tests.warm_python import WarmPython
 
 from loraplex.cli.main import main
 from loraplex.export.base_lines import base_lines
@@ -32,20 +30,12 @@ def card(run: Path, to: str, output: Path) -> str:
 
 
 @pytest.mark.parametrize("to", TARGETS)
-def test_the_lines_that_load_it_run(run: Path, to: str, tmp_path: Path) -> None:
+def test_the_lines_that_load_it_run(run: Path, to: str, tmp_path: Path, stock_python: WarmPython) -> None:
     text = card(run, to, tmp_path / "out")
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "loraplex" not in lines
     bound = {"gguf": "names"}.get(to, "model")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"{lines}\nassert {bound}"],
-        cwd=tmp_path / "out",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = stock_python.run("-c", f"{lines}\nassert {bound}", cwd=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     # transformers announces removals to developers
     assert "UserWarning" not in done.stderr, done.stderr

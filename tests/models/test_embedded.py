@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.warm_python import WarmPython
 
 from loraplex.cache import cache_dir
 from loraplex.errors import UserError
@@ -96,14 +97,14 @@ def test_a_file_of_another_hash_is_refused(fake_package: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, warm_python: WarmPython) -> None:
     # A limit on the size of files stands for the full disk: the write of the weights fails halfway.
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "from loraplex.models.embedded import embedded_model_dir; embedded_model_dir()"
     )
     environment = {**os.environ, "LORAPLEX_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = warm_python.run("-c", script, env=environment)
     last_line = done.stderr.splitlines()[-1]
     assert "UserError: cannot write the embedded model to" in last_line
     assert "LORAPLEX_CACHE names another place" in last_line

@@ -8,8 +8,14 @@ import yaml
 from loraplex.cli.main import main
 from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.errors import UserError
-from loraplex.training.documentation import recipe_keys
-from loraplex.training.reading import parse_overrides, read_recipe, recipe_from_mapping, recipe_to_yaml, resolve_key
+from loraplex.training.reading import (
+    known_paths,
+    parse_overrides,
+    read_recipe,
+    recipe_from_mapping,
+    recipe_to_yaml,
+    resolve_key,
+)
 
 EVERY = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 COMPARISONS = [path for path in EVERY if "\narms:" in path.read_text(encoding="utf-8")]
@@ -106,7 +112,7 @@ def test_overrides_win_and_may_be_short(recipe: Path) -> None:
 def test_a_whole_section_may_be_overridden(recipe: Path) -> None:
     read = read_recipe(recipe, ["--model", "{name: gpt2, dtype: float32}", "--adapter", "{name: hydra, heads: 2}"])
     assert (read.model.name, read.model.dtype) == ("gpt2", "float32")
-    # no key of the section is called so: it is the section's first key
+    # no key of the section is called so: it is what `adapter: VALUE` means
     assert read.adapter["adapter"] == {"name": "hydra", "heads": 2}
 
 
@@ -120,7 +126,7 @@ def test_a_value_may_be_a_list_or_negative(recipe: Path) -> None:
     assert read_recipe(recipe, ["--data.train", "[a, b]"]).data.sources("train") == ("a", "b")
 
 
-def test_a_section_may_be_its_first_key() -> None:
+def test_some_sections_may_be_one_value() -> None:
     read = recipe_from_mapping({"output": "run", "model": "gpt2", "adapter": "dora", "data": "rows.jsonl"})
     assert (read.model.name, read.adapter, read.data.train) == ("gpt2", {"adapter": "dora"}, "rows.jsonl")
 
@@ -149,16 +155,24 @@ def test_a_comparison_is_read_and_carries_its_command(path: Path) -> None:
 def test_every_key_is_documented_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    keys = recipe_keys()
-    assert [key.path for key in keys if f"--{key.path}" not in shown] == []
-    assert [key.path for key in keys if key.section != "data" and not key.doc] == []
+    assert [path for path in known_paths() if f"  --{path} " not in shown.replace("\n", " ")] == []
 
 
-def test_the_documented_keys_are_the_ones_that_are_read() -> None:
+def test_the_known_keys_are_the_ones_that_are_written() -> None:
     written = yaml.safe_load(recipe_to_yaml(recipe_from_mapping({"output": "run"})))
     sections = {name: value for name, value in written.items() if isinstance(value, dict)}
     free = {"adapter", "peft"}
     sections = {name: value for name, value in sections.items() if name not in free}
     paths = {f"{name}.{key}" for name, section in sections.items() for key in section}
     paths |= written.keys() - sections.keys() - {"adapter"}
-    assert paths == {key.path for key in recipe_keys() if key.section != "adapter"}
+    assert paths == {path for path in known_paths() if not path.startswith("adapter.")}
+
+
+@pytest.mark.parametrize("section", ["training", "evaluation"])
+def test_a_section_without_a_short_form_is_no_value(section: str, recipe: Path) -> None:
+    with pytest.raises(UserError, match=f"{section} is 3: '{section}' is a section, give its keys"):
+        recipe_from_mapping({"output": "run", section: 3})
+    with pytest.raises(UserError, match=f"--{section}: '{section}' is a section, give its keys"):
+        read_recipe(recipe, [f"--{section}", "3"])
+    with pytest.raises(UserError, match=f"unknown key '--{section}.nme'"):
+        read_recipe(recipe, [f"--{section}", "{nme: 3}"])

@@ -1,10 +1,7 @@
 """Adapters travel: from loraplex to a process that has only PEFT, and from PEFT to loraplex."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,7 +36,7 @@ print(json.dumps(differences))
 
 
 @pytest.fixture(scope="module")
-def read_by_peft(tmp_path_factory):
+def read_by_peft(tmp_path_factory, stock_python):
     """Largest difference of the logits by case, as a process without loraplex finds it; warnings of PEFT are errors."""
     folder = tmp_path_factory.mktemp("exchange")
     torch.save(tokens(), folder / "ids.pt")
@@ -52,10 +49,7 @@ def read_by_peft(tmp_path_factory):
         torch.save(logits(model), folder / f"{name}-{adapter}" / "expected.pt")
         lines.append(f"{name}-{adapter} {FIELDS[name][0]}\n")
     (folder / "cases.txt").write_text("".join(lines))
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(folder)], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = stock_python.run("-c", READER, str(folder))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

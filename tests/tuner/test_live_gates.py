@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -115,7 +112,7 @@ def test_going_back_to_a_checkpoint_without_gates_opens_them(adapter, tmp_path):
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_without_loraplex_a_live_checkpoint_fails_loudly(tmp_path):
+def test_without_loraplex_a_live_checkpoint_fails_loudly(tmp_path, stock_python):
     closed().save_pretrained(tmp_path)
     torch.save(build("llama"), tmp_path / "base.pt")
     code = (
@@ -123,9 +120,7 @@ def test_without_loraplex_a_live_checkpoint_fails_loudly(tmp_path):
         "base = torch.load(sys.argv[1] + '/base.pt', weights_only=False)\n"
         "PeftModel.from_pretrained(base, sys.argv[1])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, env=os.environ
-    )
+    done = stock_python.run("-c", code, str(tmp_path))
     assert done.returncode != 0
     assert "LORAPLEX" in done.stderr.splitlines()[-1]
 

@@ -120,7 +120,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(adapter, reentrant):
 
 
 @pytest.mark.slow
-def test_sharded_by_fsdp2_as_on_one_process(tmp_path):
+def test_sharded_by_fsdp2_as_on_one_process(warm_python):
     """Two processes, every block and the root sharded: the shared tensors are in the root's group."""
-    said = run_two(Path(__file__).with_name("fsdp2_worker.py"), *OWN)
+    said = run_two(warm_python, Path(__file__).with_name("fsdp2_worker.py"), *OWN)
     assert all(f"{name} equal" in said for name in OWN)

@@ -4,57 +4,50 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
-from loraplex.cli.recipe_arguments import split_arguments, write_keys
+from loraplex.cli.recipe_arguments import RecipeParser
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from rich.console import RenderableType
 
     from loraplex.comparison.results import Comparison
     from loraplex.comparison.summary import Summary
 
 
-class CompareCommand(click.Command):
-    """A command whose help lists the keys of a comparison."""
+DESCRIPTION = """Compare ways of adapting one model on one task, as the file RECIPE says.
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the keys that a comparison has beside those of a training recipe."""
-        from loraplex.comparison.documentation import comparison_keys
-
-        for title, keys in comparison_keys().items():
-            write_keys(formatter, title, keys)
-        formatter.write_paragraph()
-        with formatter.indentation():
-            formatter.write_text("All other keys are those of a training recipe: see 'loraplex train --help'.")
+Every arm gets the same rows in the same order and the same budget of trainable parameters; the differences come
+with intervals that allow for seeds and items. Called again, it goes on where it stopped; arms and seeds that are
+added later reuse what is there, as long as data, base model, packages and loraplex's code are the same. The output
+folder gets report.html, results.json and CSV files."""
 
 
-@click.command(cls=CompareCommand, context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS]")
-@click.option("--quiet", is_flag=True, help="Print the result only.")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--KEY VALUE]...")
-def compare(arguments: tuple[str, ...], quiet: bool) -> None:
-    """Compare ways of adapting one model on one task, as the file RECIPE says.
+def parser(prog: str) -> RecipeParser:
+    """Return the parser of the command line."""
+    made = RecipeParser(prog, DESCRIPTION, compares=True)
+    made.add_argument("--quiet", action="store_true", help="Print the result only.")
+    return made
 
-    Every arm gets the same rows in the same order and the same budget of trainable parameters; the differences come
-    with intervals that allow for seeds and items. Called again, it goes on where it stopped; arms and seeds that are
-    added later reuse what is there. The output folder gets report.html, results.json and CSV files.
-    """
+
+def run(arguments: Namespace) -> None:
+    """Run what is missing of the comparison, and print what came out."""
     from loraplex.comparison.comparison_recipe import read_comparison
 
-    path, overrides = split_arguments(arguments)
-    recipe = read_comparison(path, overrides)
+    recipe = read_comparison(arguments.recipe, arguments.overrides)
+    quiet: bool = arguments.quiet
 
-    from loraplex.comparison.compare import compare as run
+    from loraplex.comparison.compare import compare
     from loraplex.comparison.statistics import summarize
 
     def say(topic: str, text: str) -> None:
         if not quiet:
-            click.echo(f"{topic + ':':11} {text}")
+            print(f"{topic + ':':11} {text}")
 
-    comparison = run(recipe, say=say, progress=not quiet)
+    comparison = compare(recipe, say=say, progress=not quiet)
     _print(comparison, summarize(comparison))
-    click.echo(f"report:     {recipe.output / 'report.html'}")
+    print(f"report:     {recipe.output / 'report.html'}")
     failed = [f"{arm.name} seed {run.seed} ({run.error})" for arm in comparison.arms for run in arm.runs if run.error]
     if failed:
         raise UserError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from loraplex.cli.arguments import Parser
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Sequence
 
     from loraplex.data import Example
@@ -36,24 +36,37 @@ LARGEST_DIFFERENCE = 1e-5
 SMALLEST_GAIN = 0.10
 
 
-@click.command()
-@click.option("--short", is_flag=True, help="A few steps and items: shows that everything works, not that it learns.")
-@click.option("--output", default=OUTPUT, show_default=True, help="Run folder; the default one is replaced.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier run in another folder too.")
-def demo(short: bool, output: str, overwrite: bool) -> None:
-    """Train an adapter on the embedded model and watch it get better.
+DESCRIPTION = """Train an adapter on the embedded model and watch it get better.
 
-    Needs no network and no data: the model comes with a package, the task is made up. The adapter that comes out is
-    loaded by stock PEFT in a process without loraplex and has to compute the same.
-    """
+Needs no network and no data: the model comes with a package, the task is made up. The adapter that comes out is
+loaded by stock PEFT in a process without loraplex and has to compute the same."""
+
+
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument(
+        "--short", action="store_true", help="A few steps and items: shows that everything works, not that it learns."
+    )
+    made.add_argument(
+        "--output", default=OUTPUT, metavar="FOLDER", help=f"Run folder; the default one is replaced. [{OUTPUT}]"
+    )
+    made.add_argument("--overwrite", action="store_true", help="Replace an earlier run in another folder too.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Train, load the adapter in stock PEFT, and show what it has learned."""
     from loraplex.data import read_examples
     from loraplex.training.reading import read_recipe
     from loraplex.training.run import train
 
     start = time.perf_counter()
+    short: bool = arguments.short
+    output: str = arguments.output
     recipe = read_recipe(RECIPE, [*(SHORT if short else []), "--output", output])
     _say("task", "reverse a list of words; the model is SmolLM2-135M-Instruct, the adapter LoRA")
-    result = train(recipe, overwrite=overwrite or output == OUTPUT, say=_say, progress=True)
+    result = train(recipe, overwrite=arguments.overwrite or output == OUTPUT, say=_say, progress=True)
     examples = read_examples(recipe.data, "test")
     difference = _difference_to_stock_peft(recipe, result.adapter, examples[:COMPARED_ROWS])
     _say("peft", f"without loraplex: largest difference of a logit {difference:.1g} in float32 ({COMPARED_ROWS} rows)")
@@ -61,11 +74,11 @@ def demo(short: bool, output: str, overwrite: bool) -> None:
     accuracy = result.metrics["accuracy"]
     _show_accuracy(accuracy["before"], accuracy["after"])
     if short:
-        click.echo("\nThis was the short form: too few steps to learn anything. The full one: loraplex demo")
+        print("\nThis was the short form: too few steps to learn anything. The full one: loraplex demo")
     else:
         check_gain(accuracy["before"], accuracy["after"])
     _show_next(result.folder)
-    click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
 
 
 def check_gain(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -122,10 +135,10 @@ def _show_example(evaluation: Path, examples: Sequence[Example]) -> None:
     index = next(learned, 0)
     prompt = examples[index].prompt
     question = prompt if isinstance(prompt, str) else prompt[-1].content
-    click.echo(f"\n  question      {_clipped(question.splitlines()[-1])}")
-    click.echo(f"  right answer  {_clipped(after[index]['expected'])}")
-    click.echo(f"  before        {_clipped(before[index]['text'])}")
-    click.echo(f"  after         {_clipped(after[index]['text'])}")
+    print(f"\n  question      {_clipped(question.splitlines()[-1])}")
+    print(f"  right answer  {_clipped(after[index]['expected'])}")
+    print(f"  before        {_clipped(before[index]['text'])}")
+    print(f"  after         {_clipped(after[index]['text'])}")
 
 
 def _clipped(text: str, width: int = 90) -> str:
@@ -144,19 +157,19 @@ def _show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
     table.add_row("base model", f"{before['value']:.3f}", f"{before['standard_error']:.3f}")
     table.add_row("most frequent answer", f"{after['majority_share']:.3f}", "")
     table.add_row("with the adapter", f"{after['value']:.3f}", f"{after['standard_error']:.3f}")
-    click.echo()
+    print()
     Console().print(table)
 
 
 def _show_next(folder: Path) -> None:
-    click.echo("\nWhat next:")
+    print("\nWhat next:")
     for command, purpose in {
         f'loraplex generate {folder} --prompt "…"': "ask it yourself",
         f"loraplex train {folder}/recipe.yaml --adapter dora --output {folder}-dora": "the same with DoRA",
         "loraplex methods": "what else there is",
     }.items():
-        click.echo(f"  {command}\n      {purpose}")
+        print(f"  {command}\n      {purpose}")
 
 
 def _say(topic: str, text: str) -> None:
-    click.echo(f"{topic + ':':9} {text}")
+    print(f"{topic + ':':9} {text}")

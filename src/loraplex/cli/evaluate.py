@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from loraplex.cli.arguments import Parser, WrongUsageError, add_keys, in_words_of, section
+from loraplex.cli.keys import known_key
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Mapping
 
     from rich.console import RenderableType
@@ -18,103 +19,99 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BARE = "none"
+DESCRIPTION = """Measure the accuracy of ADAPTER, with standard errors.
 
-_FORMATS = ["auto", "completion", "messages", "alpaca", "choices", "template", "commonsense", "commonsense-labels"]
+ADAPTER is an adapter folder, a run folder, a hub id, or 'none' for a base model without adapter."""
+
+KEYS = {
+    "--data": "data.test",
+    "--format": "data.format",
+    "--prompt": "data.prompt",
+    "--second": "data.second",
+    "--completion": "data.completion",
+    "--choice": "data.choices",
+    "--answer": "data.answer",
+    "--chat": "data.chat",
+    "--task": "data.task",
+    "--config": "data.config",
+    "--split": "data.test_split",
+    "--limit": "data.max_test",
+    "--per-task": "data.max_test_per_task",
+    "--test-share": "data.test_share",
+    "--seed": "data.seed",
+    "--kind": "evaluation.kind",
+    "--normalize": "evaluation.normalize",
+    "--max-new-tokens": "evaluation.max_new_tokens",
+    "--batch-size": "evaluation.batch_size",
+    "--dtype": "model.dtype",
+}
+CHANGED: dict[str, dict[str, Any]] = {
+    "--data": {
+        "help": "Test rows: file, hub id, builtin:NAME or benchmark:FILE; may be given several times.",
+    },
+    "--test-share": {"help": "Only the items that data.test_share of a recipe held out."},
+    "--kind": {"choices": tuple(kind for kind in known_key("evaluation.kind").choices if kind != "none")},
+    "--dtype": {"help": "Of the base model's weights.", "default": "auto"},
+}
 
 
-@click.command("eval")
-@click.argument("adapter")
-@click.option("--data", "sources", multiple=True, help="Test rows: file, hub id, builtin:NAME or benchmark:FILE.")
-@click.option("--format", "form", type=click.Choice(_FORMATS), default="auto", show_default=True, help="Their form.")
-@click.option("--prompt", help="Template form: the prompt, with {field} for a field of the row.")
-@click.option("--second", help="Template form, for adapters with a classification head: the other text of a pair.")
-@click.option("--completion", help="Template form: the right completion, for rows without options.")
-@click.option("--choice", "choices", multiple=True, help="Template form: an option, usually with a leading space.")
-@click.option("--answer", default="answer", show_default=True, help="Template form: the field with the right option.")
-@click.option("--chat", is_flag=True, help="Ask text prompts through the tokenizer's chat template.")
-@click.option("--task", default="", help="The task of rows that name none: boolq, piqa, ...")
-@click.option("--config", help="Hub data set: its configuration.")
-@click.option("--split", default="test", show_default=True, help="Hub data set: its split.")
-@click.option("--limit", type=click.IntRange(min=1), help="Rows of each source at most, a seeded sample.")
-@click.option("--per-task", type=click.IntRange(min=1), help="Rows of each task of a source at most, a seeded sample.")
-@click.option("--test-share", type=float, default=0.0, help="Only the items that data.test_share of a recipe held out.")
-@click.option("--seed", default=0, show_default=True, help="Decides the sample and the items of a built-in task.")
-@click.option(
-    "--kind",
-    type=click.Choice(["auto", "choices", "mixed", "generation", "labels"]),
-    default="auto",
-    show_default=True,
-    help="Compare options by likelihood (mixed: with the loss of the answer where a row has no options), match a "
-    "greedy answer exactly, or look for a label (LLM-Adapters).",
-)
-@click.option("--normalize", type=click.Choice(["sum", "characters"]), default="sum", show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest generated answer.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Items at once.")
-@click.option("--model", help="Base model instead of the one named in the adapter folder.")
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
-@click.option("--base", is_flag=True, help="Leave the adapter off: the same rows for the bare base model.")
-@click.option("--lm-eval", "harness_tasks", metavar="TASKS", help="Run these lm-evaluation-harness tasks instead.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for metrics.json and items.jsonl.")
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier evaluation left in the output folder.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-def evaluate(**arguments: Any) -> None:
-    """Measure the accuracy of ADAPTER, with standard errors.
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument("adapter", metavar="ADAPTER")
+    add_keys(made, KEYS, CHANGED)
+    made.add_argument("--model", help="Base model instead of the one named in the adapter folder.")
+    made.add_argument(
+        "--base", action="store_true", help="Leave the adapter off: the same rows for the bare base model."
+    )
+    made.add_argument(
+        "--lm-eval", metavar="TASKS", help="Run these lm-evaluation-harness tasks, separated by commas, instead."
+    )
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="Where to write metrics.json and items.jsonl.")
+    made.add_argument(
+        "--overwrite", action="store_true", help="Replace what an earlier evaluation left in the output folder."
+    )
+    made.add_argument("--quiet", action="store_true", help="No progress bar.")
+    return made
 
-    ADAPTER is an adapter folder, a run folder, a hub id, or 'none' for a base model without adapter.
-    """
-    output: Path | None = arguments["output"]
-    if bool(arguments["sources"]) == bool(arguments["harness_tasks"]):
-        raise click.UsageError("give either --data or --lm-eval")
+
+def run(arguments: Namespace) -> None:
+    """Measure, print, and write where that was asked for."""
+    output: Path | None = arguments.output
+    if bool(section(arguments, "data")["test"]) == bool(arguments.lm_eval):
+        raise WrongUsageError("give either --data or --lm-eval")
     if output is not None:
-        _check_output(output, arguments["overwrite"])
-    result, records = _run_harness(arguments) if arguments["harness_tasks"] else _score(arguments)
+        _check_output(output, arguments.overwrite)
+    with in_words_of(KEYS):
+        result, records = _run_harness(arguments) if arguments.lm_eval else _score(arguments)
     if output is not None:
         _write(output, result, records)
-        click.echo(f"written to {output}")
+        print(f"written to {output}")
 
 
-def _score(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _score(arguments: Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the rows, print the accuracies, and return them with the items."""
     from loraplex.data import DataOptions, read_examples
     from loraplex.training.measuring import measure
     from loraplex.training.recipe import EvaluationOptions
 
-    form, kind = arguments["form"], arguments["kind"]
-    if kind == "labels" and form == "auto":
-        form = "commonsense-labels"
-    options = DataOptions(
-        **{"train" if arguments["test_share"] else "test": arguments["sources"]},
-        test_share=arguments["test_share"],
-        max_test_per_task=arguments["per_task"],
-        format=form,
-        prompt=arguments["prompt"],
-        second=arguments["second"],
-        completion=arguments["completion"],
-        choices=arguments["choices"],
-        answer=arguments["answer"],
-        chat=arguments["chat"],
-        task=arguments["task"],
-        config=arguments["config"],
-        test_split=arguments["split"],
-        max_test=arguments["limit"],
-        seed=arguments["seed"],
-    )
+    data, how = section(arguments, "data"), EvaluationOptions(**section(arguments, "evaluation"))
+    sources = data["test"]
+    if data["test_share"]:
+        data["train"] = data.pop("test")
+    if how.kind == "labels" and data["format"] == "auto":
+        data["format"] = "commonsense-labels"
+    options = DataOptions(**data)
     # Rows first: a mistake in them shows in a second, a model may take minutes to load.
     examples = read_examples(options, "test")
     model, tokenizer, name = _load(arguments)
-    how = EvaluationOptions(
-        kind=kind,
-        normalize=arguments["normalize"],
-        batch_size=arguments["batch_size"],
-        max_new_tokens=arguments["max_new_tokens"],
-    )
-    measured = measure(model, tokenizer, examples, how, progress=not arguments["quiet"])
+    measured = measure(model, tokenizer, examples, how, progress=not arguments.quiet)
     _print_table(measured.summary)
-    header = {"adapter": _adapter_in_words(arguments), "model": name, "data": list(arguments["sources"])}
+    header = {"adapter": _adapter_in_words(arguments), "model": name, "data": list(sources)}
     return {**header, **measured.summary}, measured.records
 
 
-def _run_harness(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _run_harness(arguments: Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run tasks of the lm-evaluation-harness, print their metrics, and return them; there are no items."""
     from rich.console import Console
     from rich.table import Table
@@ -122,12 +119,12 @@ def _run_harness(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dic
     from loraplex.evaluation.harness import run_harness
     from loraplex.tuner.adapted_model import refuse_classifier
 
-    if arguments["adapter"] != BARE:
-        refuse_classifier(arguments["adapter"], "--lm-eval")
+    if arguments.adapter != BARE:
+        refuse_classifier(arguments.adapter, "--lm-eval")
     model, tokenizer, name = _load(arguments)
-    tasks = [task.strip() for task in arguments["harness_tasks"].split(",") if task.strip()]
-    how = {"batch_size": arguments["batch_size"], "limit": arguments["limit"]}
-    results = run_harness(model, tokenizer, tasks, **how)
+    tasks = [task.strip() for task in arguments.lm_eval.split(",") if task.strip()]
+    size, limit = section(arguments, "evaluation")["batch_size"], section(arguments, "data")["max_test"]
+    results = run_harness(model, tokenizer, tasks, batch_size=size, limit=limit)
     table = Table("task", "metric", "value")
     for task, metrics in results.items():
         for metric, value in metrics.items():
@@ -138,17 +135,17 @@ def _run_harness(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[dic
     return {**header, "lm_eval": results}, []
 
 
-def _load(arguments: Mapping[str, Any]) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
+def _load(arguments: Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
     """Return the model with or without its adapter, its tokenizer, and the name of the base."""
     import torch
 
     from loraplex.models.loading import EMBEDDED, load_model, load_tokenizer
     from loraplex.tuner.adapted_model import base_name, load_adapted, refuse_classifier
 
-    adapter, dtype = arguments["adapter"], arguments["dtype"]
-    name = arguments["model"] or (EMBEDDED if adapter == BARE else base_name(adapter))
+    adapter, dtype = arguments.adapter, section(arguments, "model")["dtype"]
+    name = arguments.model or (EMBEDDED if adapter == BARE else base_name(adapter))
     tokenizer = load_tokenizer(name)
-    if adapter != BARE and not arguments["base"]:
+    if adapter != BARE and not arguments.base:
         return load_adapted(adapter, name, dtype), tokenizer, name
     if adapter != BARE:
         refuse_classifier(adapter, "--base")
@@ -195,8 +192,8 @@ def _loss_table(loss: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _adapter_in_words(arguments: Mapping[str, Any]) -> str | None:
-    return None if arguments["base"] or arguments["adapter"] == BARE else arguments["adapter"]
+def _adapter_in_words(arguments: Namespace) -> str | None:
+    return None if arguments.base or arguments.adapter == BARE else arguments.adapter
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -207,7 +204,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _write(output: Path, result: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
-    from loraplex.evaluation import write_records
+    from loraplex.evaluation.results import write_records
 
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2, ensure_ascii=False, default=str)

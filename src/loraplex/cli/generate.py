@@ -4,51 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from argparse import BooleanOptionalAction
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from loraplex.cli.arguments import Parser, WrongUsageError, number, whole
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from transformers import PreTrainedTokenizerBase
 
+DESCRIPTION = """Let a model with an adapter continue a prompt.
 
-@click.command()
-@click.argument("adapter")
-@click.option("--prompt", required=True, help="What to continue or to answer; '-' reads it from standard input.")
-@click.option("--model", help="Base model instead of the one named in the adapter folder.")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
-@click.option("--chat/--no-chat", default=None, help="Ask through the chat template. Default: where there is one.")
-@click.option("--sample", is_flag=True, help="Draw tokens at random instead of taking the most likely one.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="With --sample: below 1 is safer.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="With --sample: share of the mass to draw from."
-)
-@click.option("--seed", default=0, show_default=True, help="With --sample: the same seed draws the same text.")
-@click.option("--without-adapter", is_flag=True, help="Let the base model answer alone, to compare.")
-def generate(
-    adapter: str,
-    prompt: str,
-    model: str | None,
-    max_new_tokens: int,
-    chat: bool | None,
-    sample: bool,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int,
-    without_adapter: bool,
-) -> None:
-    """Let a model with an adapter continue a prompt.
+ADAPTER is an adapter folder, a run folder or a hub id."""
 
-    ADAPTER is an adapter folder, a run folder or a hub id.
-    """
-    drawn = {"temperature": temperature, "top_p": top_p}
+
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument("adapter", metavar="ADAPTER")
+    made.add_argument(
+        "--prompt", required=True, help="What to continue or to answer; '-' reads it from standard input."
+    )
+    made.add_argument("--model", help="Base model instead of the one named in the adapter folder.")
+    made.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N", help="Longest answer. [128]")
+    made.add_argument(
+        "--chat", action=BooleanOptionalAction, help="Ask through the chat template. Default: where there is one."
+    )
+    made.add_argument(
+        "--sample", action="store_true", help="Draw tokens at random instead of taking the most likely one."
+    )
+    made.add_argument("--temperature", type=number(0, above=True), metavar="T", help="With --sample: below 1 is safer.")
+    made.add_argument(
+        "--top-p", type=number(0, 1, above=True), metavar="P", help="With --sample: share of the mass to draw from."
+    )
+    made.add_argument("--seed", type=int, default=0, help="With --sample: the same seed draws the same text. [0]")
+    made.add_argument("--without-adapter", action="store_true", help="Let the base model answer alone, to compare.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Print the answer while it is made."""
+    drawn = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     given = {name: value for name, value in drawn.items() if value is not None}
-    if given and not sample:
-        raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} needs --sample")
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    if given and not arguments.sample:
+        raise WrongUsageError(f"--{next(iter(given)).replace('_', '-')} needs --sample")
+    prompt: str = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise UserError("the prompt is empty: give --prompt some text")
 
@@ -58,23 +60,24 @@ def generate(
     from loraplex.models.loading import load_tokenizer, quiet
     from loraplex.tuner.adapted_model import base_name, load_adapted, refuse_classifier
 
+    adapter: str = arguments.adapter
     refuse_classifier(adapter, "generate")
-    base = model or base_name(adapter)
+    base = arguments.model or base_name(adapter)
     tokenizer = load_tokenizer(base)
-    ids = torch.tensor([_prompt_ids(tokenizer, prompt, chat)])
+    ids = torch.tensor([_prompt_ids(tokenizer, prompt, arguments.chat)])
     adapted = load_adapted(adapter, base)
-    set_seed(seed)
-    settings: dict[str, Any] = {"do_sample": sample, **given}
+    set_seed(arguments.seed)
+    settings: dict[str, Any] = {"do_sample": arguments.sample, **given}
     # The answer appears while it is made.
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     off: contextlib.AbstractContextManager[None] = (
-        adapted.disable_adapter() if without_adapter else contextlib.nullcontext()
+        adapted.disable_adapter() if arguments.without_adapter else contextlib.nullcontext()
     )
     with torch.inference_mode(), off, quiet():
         adapted.generate(
             input_ids=ids.to(adapted.device),
             attention_mask=torch.ones_like(ids).to(adapted.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=arguments.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
             **settings,

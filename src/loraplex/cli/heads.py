@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from loraplex.cli.arguments import Parser, add_keys, in_words_of, section
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
@@ -20,43 +21,59 @@ if TYPE_CHECKING:
     from loraplex.data import Example
 
 
-@click.command()
-@click.argument("sources", metavar="DATA...", nargs=-1, required=True)
-@click.option(
-    "--method",
-    type=click.Choice(["kmeans", "ward", "dbscan"]),
-    default="kmeans",
-    show_default=True,
-    help="How groups are found; ward is hierarchical.",
-)
-@click.option("--least", default=2, show_default=True, help="Smallest number of groups to try.")
-@click.option("--most", default=10, show_default=True, help="Largest number of groups to try.")
-@click.option("--prompt", help="The text to group by, with {field} for a field of the row.")
-@click.option("--config", help="Hub data set: its configuration.")
-@click.option("--split", default="train", show_default=True, help="Hub data set: its split.")
-@click.option("--limit", type=click.IntRange(min=1), help="Rows of each source at most, a seeded sample.")
-@click.option("--seed", default=0, show_default=True, help="Decides samples and starts.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for pictures: curve, tree, t-SNE map.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the group of every row.")
-def heads(sources: tuple[str, ...], **arguments: Any) -> None:
-    """Suggest a number of heads for a routed adapter, from the prompts of DATA.
+DESCRIPTION = """Suggest a number of heads for a routed adapter, from the prompts of DATA.
 
-    DATA is a file, a hub id, builtin:NAME or benchmark:FILE, or a recipe, whose training rows are meant. The prompts
-    are clustered by their words (TF-IDF), as in HydraLoRA's paper; a recipe with `heads: auto` does the same.
-    """
-    output: Path | None = arguments["output"]
+DATA is a file, a hub id, builtin:NAME or benchmark:FILE, or a recipe, whose training rows are meant. The prompts
+are clustered by their words (TF-IDF), as in HydraLoRA's paper; a recipe with `heads: auto` does the same."""
+
+KEYS = {
+    "--prompt": "data.prompt",
+    "--config": "data.config",
+    "--split": "data.train_split",
+    "--limit": "data.max_train",
+    "--seed": "data.seed",
+}
+CHANGED = {
+    "--prompt": {"help": "The text to group by, with {field} for a field of the row."},
+    "--seed": {"help": "Decides samples and starts."},
+}
+
+
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument("sources", metavar="DATA", nargs="+")
+    made.add_argument(
+        "--method",
+        choices=("kmeans", "ward", "dbscan"),
+        default="kmeans",
+        help="How groups are found; ward is hierarchical. [kmeans]",
+    )
+    made.add_argument("--least", type=int, default=2, metavar="N", help="Smallest number of groups to try. [2]")
+    made.add_argument("--most", type=int, default=10, metavar="N", help="Largest number of groups to try. [10]")
+    add_keys(made, KEYS, CHANGED)
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="Folder for pictures: curve, tree, t-SNE map.")
+    made.add_argument("--json", action="store_true", help="Print everything as JSON, with the group of every row.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Find the groups, and print or draw them."""
+    output: Path | None = arguments.output
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file: give a folder")
-    examples = _read(sources, arguments)
+    sources: list[str] = arguments.sources
+    with in_words_of(KEYS):
+        examples = _read(sources, section(arguments, "data"))
 
     from loraplex.analysis.clustering import group_texts
 
     found = group_texts(
         [example.asked for example in examples],
-        arguments["method"],
-        least=arguments["least"],
-        most=arguments["most"],
-        seed=arguments["seed"],
+        arguments.method,
+        least=arguments.least,
+        most=arguments.most,
+        seed=section(arguments, "data")["seed"],
     )
     tasks = [example.task for example in examples]
     files = []
@@ -64,8 +81,8 @@ def heads(sources: tuple[str, ...], **arguments: Any) -> None:
         from loraplex.analysis.pictures import draw_grouping
 
         files = draw_grouping(output, found, tasks, f"Groups of prompts in {', '.join(sources)}")
-    if as_json := arguments["as_json"]:
-        click.echo(json.dumps(as_plain(found, examples), indent=2, ensure_ascii=False))
+    if arguments.json:
+        print(json.dumps(as_plain(found, examples), indent=2, ensure_ascii=False))
     else:
         from rich.console import Console
 
@@ -73,28 +90,21 @@ def heads(sources: tuple[str, ...], **arguments: Any) -> None:
         for part in render(found, tasks):
             console.print(part)
     for file in files:
-        click.echo(f"drawn: {file}", err=as_json)
+        print(f"drawn: {file}", file=sys.stderr if arguments.json else sys.stdout)
 
 
-def _read(sources: Sequence[str], arguments: Mapping[str, Any]) -> list[Example]:
+def _read(sources: Sequence[str], given: Mapping[str, Any]) -> list[Example]:
     """Return the training rows of the sources, or of the one recipe that is named instead."""
     from loraplex.data import DataOptions, read_examples
 
     recipes = [source for source in sources if source.endswith((".yaml", ".yml"))]
     if not recipes:
-        template = {} if arguments["prompt"] is None else {"prompt": arguments["prompt"], "completion": ""}
-        options = DataOptions(
-            train=tuple(sources),
-            config=arguments["config"],
-            train_split=arguments["split"],
-            max_train=arguments["limit"],
-            seed=arguments["seed"],
-            **template,
-        )
-        return read_examples(options, "train")
+        # A template needs a completion, which nobody looks at here.
+        completion = None if given["prompt"] is None else ""
+        return read_examples(DataOptions(train=tuple(sources), completion=completion, **given), "train")
     if len(sources) > 1:
         raise UserError(f"'{recipes[0]}' is a recipe: give it alone, its own rows are meant")
-    if arguments["prompt"] is not None or arguments["limit"] is not None:
+    if given["prompt"] is not None or given["max_train"] is not None:
         raise UserError("--prompt and --limit go with data: a recipe says itself what its rows are")
     from loraplex.training.reading import read_recipe
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from loraplex.cli.arguments import Parser, WrongUsageError, add_keys, in_words_of, section
 from loraplex.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
@@ -18,55 +18,65 @@ if TYPE_CHECKING:
     from loraplex.analysis.factor_map import Separation
     from loraplex.analysis.inspection import Inspection, SiteReport
 
+DESCRIPTION = """Show sites, ranks, spectra and parameters of ADAPTER, and what it can be exported to.
 
-@click.command()
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@click.option("--model", help="Base model instead of the one named in the adapter folder.")
-@click.option("--sites", "all_sites", is_flag=True, help="A line for every site instead of every kind of module.")
-@click.option("--tsne", type=click.Path(path_type=Path), metavar="FILE", help="Draw a map of A and B of all ADAPTERs.")
-@click.option("--module", "kinds", multiple=True, metavar="NAME", help="With --tsne: sites of this kind only (q_proj).")
-@click.option(
-    "--data", "sources", multiple=True, help="Routed adapters: measure their gates on these rows, task by task."
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Rows of each source at most."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the spectrum of every site.")
-def inspect(
-    adapters: tuple[str, ...],
-    model: str | None,
-    all_sites: bool,
-    tsne: Path | None,
-    kinds: tuple[str, ...],
-    sources: tuple[str, ...],
-    limit: int,
-    as_json: bool,
-) -> None:
-    """Show sites, ranks, spectra and parameters of ADAPTER, and what it can be exported to.
+Of a routed adapter also how its heads are used, on the rows of its run or on those given. ADAPTER is an adapter
+folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA). With --tsne, several can be compared:
+do their A coincide, and their B part, as HydraLoRA's paper finds?"""
 
-    Of a routed adapter also how its heads are used, on the rows of its run or on those given. ADAPTER is an adapter
-    folder, a run folder or a hub id, of loraplex or of stock PEFT (LoRA, DoRA). With --tsne, several can be compared:
-    do their A coincide, and their B part, as HydraLoRA's paper finds?
-    """
-    if tsne is not None:
-        if all_sites:
-            raise click.UsageError("--tsne compares adapters, --sites shows one: give one of them")
-        _compare(adapters, model, tsne, kinds, as_json)
+KEYS = {"--data": "data.test", "--limit": "data.max_test"}
+CHANGED: dict[str, dict[str, Any]] = {
+    "--data": {
+        "help": "Routed adapters: measure their gates on these rows, task by task; may be given several times.",
+    },
+    "--limit": {"default": 256},
+}
+
+
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument("adapters", metavar="ADAPTER", nargs="+")
+    made.add_argument("--model", help="Base model instead of the one named in the adapter folder.")
+    made.add_argument("--sites", action="store_true", help="A line for every site instead of every kind of module.")
+    made.add_argument("--tsne", type=Path, metavar="FILE", help="Draw a map of A and B of all ADAPTERs.")
+    made.add_argument(
+        "--module",
+        dest="kinds",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="With --tsne: sites of this kind only (q_proj).",
+    )
+    add_keys(made, KEYS, CHANGED)
+    made.add_argument("--json", action="store_true", help="Print everything as JSON, with the spectrum of every site.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Print what is in one adapter, or draw a map of several."""
+    adapters: list[str] = arguments.adapters
+    if arguments.tsne is not None:
+        if arguments.sites:
+            raise WrongUsageError("--tsne compares adapters, --sites shows one: give one of them")
+        _compare(adapters, arguments.model, arguments.tsne, arguments.kinds, arguments.json)
         return
-    if len(adapters) > 1 or kinds:
+    if len(adapters) > 1 or arguments.kinds:
         what = f"{len(adapters)} adapters are" if len(adapters) > 1 else "--module is"
-        raise click.UsageError(f"{what} for a map: add --tsne FILE, or give one adapter alone")
-    from loraplex.analysis.inspection import inspect as run
+        raise WrongUsageError(f"{what} for a map: add --tsne FILE, or give one adapter alone")
+    from loraplex.analysis.inspection import inspect
     from loraplex.data import DataOptions
 
-    found = run(adapters[0], model, DataOptions(test=sources, max_test=limit) if sources else None)
-    if as_json:
-        click.echo(json.dumps(as_plain(found), indent=2))
+    rows = section(arguments, "data")
+    with in_words_of(KEYS):
+        found = inspect(adapters[0], arguments.model, DataOptions(**rows) if rows["test"] else None)
+    if arguments.json:
+        print(json.dumps(as_plain(found), indent=2))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    for part in render(found, all_sites):
+    for part in render(found, arguments.sites):
         console.print(part)
 
 
@@ -84,12 +94,12 @@ def _compare(adapters: Sequence[str], model: str | None, file: Path, kinds: Sequ
     where = f"A and B at {', '.join(dict.fromkeys(vector.kind for vector in vectors))}"
     draw_vectors(file, vectors, where)
     if as_json:
-        click.echo(json.dumps([vars(separation) for separation in found], indent=2))
+        print(json.dumps([vars(separation) for separation in found], indent=2))
         return
     from rich.console import Console
 
     Console(highlight=False).print(_separations(found))
-    click.echo(f"drawn: {file}")
+    print(f"drawn: {file}")
 
 
 def _separations(found: Sequence[Separation]) -> RenderableType:

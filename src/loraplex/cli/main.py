@@ -1,4 +1,7 @@
-"""The entry point: a group that loads a command only when it is called, and the one place where errors become text."""
+"""The entry point: a command is imported when it is called, and here alone errors become text.
+
+Only the standard library is imported until the command's extra is found, so that every help page is there without it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import contextlib
 import errno
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
-
-import click
+from typing import NamedTuple
 
 from loraplex import __version__
+from loraplex.cli.arguments import Parser, WrongUsageError
 from loraplex.errors import UserError, nearest
+from loraplex.extras import require
 
 # What a full disk or a folder without permission raises: the user's to mend, so one line and no traceback.
 _USERS_OWN_OSERRORS = {
@@ -28,81 +32,112 @@ _USERS_OWN_OSERRORS = {
 }
 
 
-class LazyCommand(NamedTuple):
-    """Where a command lives, and its line in `loraplex --help`."""
+class Command(NamedTuple):
+    """Where a command lives, its line in `loraplex --help`, and what has to be installed for it."""
 
-    target: str  # "module:attribute", the attribute a click command
+    module: str
+    """It has `parser(prog)` and `run(arguments)`, and imports the standard library until `run` is called."""
     summary: str
+    extras: tuple[str, ...] = ()
 
 
+# In the order in which a newcomer meets them.
 COMMANDS = {
-    "demo": LazyCommand("loraplex.cli.demo:demo", "The first five minutes: train, compare, save, reload."),
-    "train": LazyCommand("loraplex.cli.train:train", "Train an adapter as a recipe says."),
-    "eval": LazyCommand("loraplex.cli.evaluate:evaluate", "Measure an adapter's accuracy, with standard errors."),
-    "plan": LazyCommand("loraplex.cli.plan:plan", "Show sites, ranks, parameters, memory and time before training."),
-    "heads": LazyCommand("loraplex.cli.heads:heads", "Suggest a number of heads from the groups in a data set."),
-    "compare": LazyCommand("loraplex.cli.compare:compare", "Compare methods under one budget, with evidence."),
-    "report": LazyCommand("loraplex.cli.report:report", "Write the report of finished comparisons again."),
-    "export": LazyCommand("loraplex.cli.export:export", "Write an adapter for PEFT, vLLM, transformers or llama.cpp."),
-    "inspect": LazyCommand("loraplex.cli.inspect:inspect", "Show sites, ranks, spectra and ways out of an adapter."),
-    "generate": LazyCommand("loraplex.cli.generate:generate", "Let a model with an adapter continue a prompt."),
-    "methods": LazyCommand("loraplex.cli.methods:methods", "List the methods and what each of them can do."),
+    "demo": Command("loraplex.cli.demo", "The first five minutes: train, compare, save, reload.", ("train", "tasks")),
+    "train": Command("loraplex.cli.train", "Train an adapter as a recipe says.", ("train",)),
+    "eval": Command("loraplex.cli.evaluate", "Measure an adapter's accuracy, with standard errors.", ("train",)),
+    "plan": Command("loraplex.cli.plan", "Show sites, ranks, parameters, memory and time before training.", ("train",)),
+    "heads": Command("loraplex.cli.heads", "Suggest a number of heads from the groups in a data set.", ("analysis",)),
+    "compare": Command("loraplex.cli.compare", "Compare methods under one budget, with evidence.", ("compare",)),
+    "report": Command("loraplex.cli.report", "Write the report of finished comparisons again.", ("compare",)),
+    "export": Command("loraplex.cli.export", "Write an adapter for PEFT, vLLM, transformers, llama.cpp.", ("export",)),
+    "inspect": Command("loraplex.cli.inspect", "Show sites, ranks, spectra and ways out of an adapter.", ("analysis",)),
+    "generate": Command("loraplex.cli.generate", "Let a model with an adapter continue a prompt."),
+    "methods": Command("loraplex.cli.methods", "List the methods and what each of them can do.", ("train",)),
 }
+INTERRUPTED = 130
 
 
-class Interrupted(click.ClickException):
-    """Ctrl-C, with what the interrupted command had to say about it."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit status.
 
-    exit_code = 130
+    0 is success, 1 an error the user can mend, 2 a command line that makes no sense, 130 an interruption.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The options of loraplex itself take no values: they end where the first word without dashes stands.
+    own = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
+    try:
+        options = _parser().parse(words[:own])
+        if own == len(words):
+            _parser().print_help()
+        else:
+            _call(words[own], words[own + 1 :], traceback=options.traceback or _asked_by_environment())
+        sys.stdout.flush()
+    except WrongUsageError as wrong:
+        return _fail(f"error: {_one_line(wrong)}", 2)
+    except _MendableError as error:
+        return _fail(f"error: {_one_line(error)}", 1)
+    except KeyboardInterrupt as interrupt:
+        return _fail(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read has gone (`| head`). What is still to be flushed when Python ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as done:
+        # argparse has printed help or version.
+        return done.code if isinstance(done.code, int) else 0
+    return 0
 
-    def format_message(self) -> str:
-        """Return "interrupted", followed by the command's own words if there are any."""
-        return f"interrupted: {self.message}" if self.message else "interrupted"
+
+def _parser() -> Parser:
+    commands = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
+    parser = Parser(
+        "loraplex",
+        "Train, compare and deploy the whole LoRA family on Hugging Face models.",
+        "loraplex [options] COMMAND ...",
+        f"commands ('loraplex COMMAND --help' explains one):\n{commands}",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="Show where an error came from; so does LORAPLEX_DEBUG=1."
+    )
+    return parser
 
 
-class LazyGroup(click.Group):
-    """A click group over `COMMANDS`: the list needs no import, a call imports the one module it needs."""
+def _asked_by_environment() -> bool:
+    return os.environ.get("LORAPLEX_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order a newcomer meets them."""
-        return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return the command `cmd_name`, or None when there is none."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute = COMMANDS[cmd_name].target.split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command), COMMANDS[cmd_name].target
-        return command
+class _MendableError(Exception):
+    """An error that the user can mend: one line, without a traceback."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve the first argument to a command; an unknown one is an error that names the nearest."""
-        name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
-            known = nearest(name, COMMANDS) or f" The commands are: {', '.join(COMMANDS)}."
-            raise click.UsageError(f"there is no command '{name}'.{known}", ctx)
-        return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table of commands from data, without importing any of them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+def _call(name: str, words: Sequence[str], traceback: bool) -> None:
+    """Run one command.
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what the user can mend leaves as a one-line message unless a traceback was asked for."""
-        try:
-            with _plain_reports(debug=ctx.params["traceback"]):
-                return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            raise Interrupted(str(interrupt)) from interrupt
-        except (UserError, OSError) as error:
-            is_ours = isinstance(error, UserError) or error.errno in _USERS_OWN_OSERRORS
-            if ctx.params["traceback"] or not is_ours:
-                raise
-            raise click.ClickException(str(error)) from error
+    Raises:
+        WrongUsageError: for a command or an option that is not there.
+        _MendableError: in the place of a UserError, unless a traceback is asked for.
+    """
+    if name not in COMMANDS:
+        known = nearest(name, COMMANDS) or f" The commands are: {', '.join(COMMANDS)}."
+        raise WrongUsageError(f"there is no command '{name}'.{known} ('loraplex --help' shows what there is)")
+    # Read by GNU OpenMP when torch is imported. Threads that wait by spinning for long take the cores from whoever has
+    # work: beside another busy process a training step took five times as long.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    arguments = module.parser(f"loraplex {name}").parse(words)
+    try:
+        require(f"loraplex {name}", *command.extras)
+        with _plain_reports(debug=traceback):
+            module.run(arguments)
+    except (UserError, OSError) as error:
+        is_ours = isinstance(error, UserError) or error.errno in _USERS_OWN_OSERRORS
+        if traceback or not is_ours:
+            raise
+        raise _MendableError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -127,49 +162,13 @@ def _plain_reports(debug: bool) -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *where: object, **others: object) -> None:
-    click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+    print(f"warning: {_one_line(message)}", file=sys.stderr)
 
 
-@click.group(
-    cls=LazyGroup,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-@click.version_option(__version__, prog_name="loraplex")
-@click.option("--traceback", is_flag=True, envvar="LORAPLEX_DEBUG", help="Show where an error came from.")
-@click.pass_context
-def cli(ctx: click.Context, traceback: bool) -> None:
-    """Train, compare and deploy the whole LoRA family on Hugging Face models."""
-    # Read by GNU OpenMP when torch is imported. Threads that wait by spinning for long take the cores from whoever has
-    # work: beside another busy process a training step took five times as long.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+def _fail(line: str, status: int) -> int:
+    print(line, file=sys.stderr)
+    return status
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own) and return the exit status.
-
-    0 is success, 1 an error the user can mend, 2 a command line that makes no sense, 130 an interruption.
-    """
-    try:
-        status = cli.main(args=argv, prog_name="loraplex", standalone_mode=False)
-    except Interrupted as interrupt:
-        click.echo(interrupt.format_message(), err=True)
-        return interrupt.exit_code
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        return Interrupted.exit_code
-    except click.ClickException as error:
-        click.echo(f"error: {_one_line(error)}", err=True)
-        return error.exit_code
-    return status if isinstance(status, int) else 0
-
-
-def _one_line(error: click.ClickException) -> str:
-    """Return the message of `error` on one line, with the way to the help for a wrong command line."""
-    text = " ".join(error.format_message().split())
-    if isinstance(error, click.UsageError) and error.ctx is not None:
-        text += f" ('{error.ctx.command_path} --help' shows what there is)"
-    return text
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 from loraplex.errors import UserError, nearest
@@ -34,18 +32,18 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _described(entry: Preset | Method, parts: list[Method], axis: str, changed: Any) -> dict[str, Any]:
-    from loraplex.training.documentation import option_keys
+    from loraplex.documentation import documented
 
     options: list[dict[str, Any]] = [
         {
             "name": key.path,
             "type": key.type,
-            "choices": _choices(key.type),
-            "default": repr(changed[key.path]) if key.path in changed else key.default,
+            "choices": list(key.choices),
+            "default": changed.get(key.path, key.default),
             "what": key.doc,
         }
         for part in parts
-        for key in option_keys(part.options)
+        for key in documented(part.options)
     ]
     provided = {capability for part in parts for capability in part.provides}
     needs = {capability for part in parts for capability in part.needs} - provided
@@ -98,12 +96,6 @@ def render(description: dict[str, Any]) -> list[RenderableType]:
     return ["\n".join(lines), table]
 
 
-def _choices(annotation: str) -> list[str]:
-    """Return the words that a type names: `Literal['a', 'b']` has two."""
-    return re.findall(r"'([^']*)'", annotation) if annotation.startswith("Literal[") else []
-
-
-def _as_yaml(default: str) -> str:
-    """Return a default, a Python literal as written in the source, as a recipe would have it."""
-    value = ast.literal_eval(default)
+def _as_yaml(value: Any) -> str:
+    """Return a default as a recipe would have it."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import click
+from loraplex.cli.arguments import Parser
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Iterable
 
     from rich.console import RenderableType
@@ -15,20 +16,28 @@ if TYPE_CHECKING:
     from loraplex.adapters.registry import Adapter, Method
 
 
-@click.command()
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
-def methods(name: str | None, as_json: bool) -> None:
-    """List the methods and what each of them can do; with NAME, explain the options of one.
+DESCRIPTION = """List the methods and what each of them can do; with NAME, explain the options of one.
 
-    An adapter is a pair of factors and combine; an allocation and an objective go with it. The matrix shows which of
-    them go together and, below it, why the others do not.
-    """
+An adapter is a pair of factors and combine; an allocation and an objective go with it. The matrix shows which of
+them go together and, below it, why the others do not."""
+
+
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument("name", metavar="NAME", nargs="?")
+    made.add_argument("--json", action="store_true", help="Print the same as JSON.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Print the tables, or the page of one method."""
     from loraplex.cli import method_page
 
+    name: str | None = arguments.name
     description = describe() if name is None else method_page.describe(name)
-    if as_json:
-        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
+    if arguments.json:
+        print(json.dumps(description, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from loraplex.cli.recipe_arguments import RecipeCommand, split_arguments
+from loraplex.cli.recipe_arguments import RecipeParser
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from rich.console import RenderableType
 
     from loraplex.training.estimate import Estimate
 
 
-@click.command(cls=RecipeCommand)
-@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON, with the rank of every site.")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--KEY VALUE]...")
-def plan(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Show sites, ranks, trainable parameters, memory and time of RECIPE without training.
+DESCRIPTION = """Show sites, ranks, trainable parameters, memory and time of RECIPE without training.
 
-    Data and model configuration are read, the weights are not. Sites and parameters are exact, memory and time are
-    estimates.
-    """
+Data and model configuration are read, the weights are not. Sites and parameters are exact, memory and time are
+estimates."""
+
+
+def parser(prog: str) -> RecipeParser:
+    """Return the parser of the command line."""
+    made = RecipeParser(prog, DESCRIPTION)
+    made.add_argument("--json", action="store_true", help="Print the same as JSON, with the rank of every site.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Print the plan."""
     from loraplex.training.reading import read_recipe
 
-    path, overrides = split_arguments(arguments)
-    recipe = read_recipe(path, overrides)
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
 
     from loraplex.models.loading import load_tokenizer
     from loraplex.training.estimate import estimate
@@ -35,11 +41,11 @@ def plan(arguments: tuple[str, ...], as_json: bool) -> None:
 
     recipe, decided = resolve_from_data(recipe)
     for choice in decided:
-        click.echo(f"decided: {choice.summary}", err=as_json)
+        print(f"decided: {choice.summary}", file=sys.stderr if arguments.json else sys.stdout)
     rows = read_rows(recipe, load_tokenizer(recipe.model.name))
     found = estimate(recipe, rows)
-    if as_json:
-        click.echo(json.dumps(as_plain(found), indent=2))
+    if arguments.json:
+        print(json.dumps(as_plain(found), indent=2))
         return
     from rich.console import Console
 

@@ -1,45 +1,52 @@
-"""What `train` and `plan` share: RECIPE and `--key value` on the command line, and the keys on the help page."""
+"""RECIPE and `--key value` on the command line of `train`, `plan` and `compare`, and the keys on their help pages."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-import click
-
-if TYPE_CHECKING:
-    from loraplex.training.documentation import Key
+from loraplex.cli.arguments import Parser, WrongUsageError, default_in_help
+from loraplex.cli.keys import COMPARISON, known_keys
 
 
-class RecipeCommand(click.Command):
-    """A command that takes a recipe and any of its keys as options; its help lists the keys."""
+class RecipeParser(Parser):
+    """A parser that leaves RECIPE and the keys to whoever reads recipes; its help lists the keys."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["context_settings"] = {"ignore_unknown_options": True, **kwargs.get("context_settings", {})}
-        kwargs.setdefault("options_metavar", "[OPTIONS]")
-        super().__init__(*args, **kwargs)
+    def __init__(self, prog: str, description: str, *, compares: bool = False) -> None:
+        usage = f"{prog} RECIPE [--KEY VALUE]... [options]"
+        epilog = "All other keys are those of a training recipe: see 'loraplex train --help'." if compares else None
+        super().__init__(prog, description, usage, epilog)
+        self.compares = compares
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the keys of a recipe, section by section, with their defaults."""
-        from loraplex.training.documentation import recipe_keys
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Return the options of the command, and as `recipe` and `overrides` what is left.
 
-        keys = recipe_keys()
-        for section in dict.fromkeys(key.section for key in sorted(keys, key=lambda key: key.section != "")):
-            title = f"Keys of '{section}'" if section else "Keys of a recipe"
-            write_keys(formatter, title, [key for key in keys if key.section == section])
+        Raises:
+            WrongUsageError: unless there is exactly one recipe.
+        """
+        arguments, rest = self.parse_known_args(argv)
+        try:
+            arguments.recipe, arguments.overrides = split_arguments(rest)
+        except WrongUsageError as wrong:
+            self.error(str(wrong))
+        return arguments
 
-
-def write_keys(formatter: click.HelpFormatter, title: str, keys: Sequence[Key]) -> None:
-    """Write a group of keys with their doc lines and defaults."""
-    with formatter.section(title):
-        formatter.write_dl([_line(key) for key in keys])
+    def format_help(self) -> str:
+        """Return the help page, on which keys look like options."""
+        for title, keys in known_keys().items():
+            if (title in COMPARISON) is self.compares:
+                group = self.add_argument_group(title)
+                for key in keys:
+                    said = key.doc + (" [required]" if key.required else default_in_help(key.default))
+                    group.add_argument(f"--{key.path}", metavar="", help=said.replace("%", "%%"))
+        return super().format_help()
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """Return the recipe's path and the overrides; every `--key` takes the argument after it, or has `=VALUE`.
 
     Raises:
-        click.UsageError: unless there is exactly one recipe.
+        WrongUsageError: unless there is exactly one recipe.
     """
     paths, overrides, rest = [], [], list(arguments)
     while rest:
@@ -53,10 +60,5 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
             overrides.append(rest.pop(0))
     if len(paths) != 1:
         found = "none is given" if not paths else f"these are {len(paths)}: {' '.join(paths)}"
-        raise click.UsageError(f"give one recipe, {found}", click.get_current_context(silent=True))
+        raise WrongUsageError(f"give one recipe, {found}")
     return paths[0], overrides
-
-
-def _line(key: Key) -> tuple[str, str]:
-    default = {"": " [required]", "None": ""}.get(key.default, f" [{key.default}]")
-    return f"--{key.path}", f"{key.doc}{default}"

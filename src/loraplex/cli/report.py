@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import click
-
+from loraplex.cli.arguments import Parser
 from loraplex.errors import UserError
 
+if TYPE_CHECKING:
+    from argparse import Namespace
 
-@click.command()
-@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for the report; not needed for one FOLDER.")
-def report(folders: tuple[Path, ...], output: Path | None) -> None:
-    """Write report.html and plots/ again from the results in each FOLDER.
+DESCRIPTION = """Write report.html and plots/ again from the results in each FOLDER.
 
-    One FOLDER gets its report back. Several are shown on one page, a section each and an overview before them.
-    """
+One FOLDER gets its report back. Several are shown on one page, a section each and an overview before them."""
+
+
+def parser(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    made = Parser(prog, DESCRIPTION)
+    made.add_argument("folders", metavar="FOLDER", nargs="+", type=Path)
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="Where to write; not needed for one FOLDER.")
+    return made
+
+
+def run(arguments: Namespace) -> None:
+    """Write the report, and say where it is."""
+    folders: list[Path] = arguments.folders
+    output: Path | None = arguments.output
     if output is None:
         if len(folders) > 1:
             raise UserError("a report of several comparisons has no folder of its own: name one with --output")
@@ -33,4 +44,4 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
     comparisons = [read_results(folder) for folder in folders]
     from loraplex.comparison.page import write_report
 
-    click.echo(f"written to {write_report(comparisons, output)}")
+    print(f"written to {write_report(comparisons, output)}")

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import click
+from typing import TYPE_CHECKING
 
-from loraplex.cli.recipe_arguments import RecipeCommand, split_arguments
+from loraplex.cli.recipe_arguments import RecipeParser
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+DESCRIPTION = """Train an adapter as the file RECIPE says.
+
+Every key of the recipe can be overridden: --training.learning_rate 1e-3, or --learning_rate 1e-3 where no other
+section has that key. The run folder gets the adapter (saved, reloaded and compared), metrics, every evaluated
+item, the loss curve and the recipe with every default spelled out."""
 
 
-@click.command(cls=RecipeCommand)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint, to the result of an uninterrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
-@click.option("--quiet", is_flag=True, help="Print the result only.")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--KEY VALUE]...")
-def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, quiet: bool) -> None:
-    """Train an adapter as the file RECIPE says.
+def parser(prog: str) -> RecipeParser:
+    """Return the parser of the command line."""
+    made = RecipeParser(prog, DESCRIPTION)
+    made.add_argument(
+        "--resume", action="store_true", help="Go on from the last checkpoint, to the result of an uninterrupted run."
+    )
+    made.add_argument("--overwrite", action="store_true", help="Replace an earlier run in the output folder.")
+    made.add_argument("--quiet", action="store_true", help="Print the result only.")
+    return made
 
-    Every key of the recipe can be overridden: --training.learning_rate 1e-3, or --learning_rate 1e-3 where no other
-    section has that key. The run folder gets the adapter (saved, reloaded and compared), metrics, every evaluated
-    item, the loss curve and the recipe with every default spelled out.
-    """
+
+def run(arguments: Namespace) -> None:
+    """Train, and say where the run is."""
     from loraplex.training.reading import read_recipe
-    from loraplex.training.run import train as run
+    from loraplex.training.run import train
 
-    path, overrides = split_arguments(arguments)
-    recipe = read_recipe(path, overrides)
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
+    quiet: bool = arguments.quiet
 
     def say(topic: str, text: str) -> None:
         if not quiet:
-            click.echo(f"{topic + ':':9} {text}")
+            print(f"{topic + ':':9} {text}")
 
-    result = run(recipe, resume=resume, overwrite=overwrite, say=say, progress=not quiet)
+    result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite, say=say, progress=not quiet)
     speed, seconds = result.metrics["speed"], result.metrics["seconds"]
     say("speed", f"{speed['tokens_per_second']:.0f} tokens/s, {seconds['training']:.0f} s of training")
-    click.echo(f"{'done:':9} {result.folder}")
+    print(f"{'done:':9} {result.folder}")

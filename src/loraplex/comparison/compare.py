@@ -13,15 +13,18 @@ from loraplex.allocation.plan import Plan
 from loraplex.comparison.budget_matching import Counter, Solved, fixed, keeps_to, parse_budget, parse_match, solve
 from loraplex.comparison.collecting import collect, collect_base, environment
 from loraplex.comparison.comparison_recipe import ComparisonRecipe
+from loraplex.comparison.describing import describe, sources
 from loraplex.comparison.grouped import joined, parts
-from loraplex.comparison.jobs import Job, Kind, make_job
+from loraplex.comparison.identity import Identifier
+from loraplex.comparison.jobs import Job, Kind, make_job, why_again
 from loraplex.comparison.results import Arm, Comparison, Run, Trial, write_results
 from loraplex.comparison.sentences import size_sentence
 from loraplex.comparison.statistics import expected_detectable
-from loraplex.comparison.sweep import default_jobs, run_jobs
+from loraplex.comparison.sweep import default_jobs, make_workers, run_jobs
+from loraplex.comparison.workers import Workers
 from loraplex.errors import UserError
 from loraplex.training.preparation import adapter_config, resolve_from_data
-from loraplex.training.recipe import Recipe, TrainingOptions
+from loraplex.training.recipe import Recipe
 from loraplex.tuner.config import AdapterConfig
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class _Sweep:
     recipe: ComparisonRecipe
     say: Say
     progress: bool
+    workers: Workers
     solved: dict[str, Solved] = field(default_factory=dict)
     budget: int | None = None
     rates: dict[str, float] = field(default_factory=dict)
@@ -46,17 +50,22 @@ class _Sweep:
     """Of the arms with one adapter per group: the training rows of the groups."""
     items: list[str] = field(default_factory=list)
     """The ids of the test rows, in their order."""
+    identifier: Identifier = field(default_factory=Identifier)
 
     @property
     def output(self) -> Path:
         return self.recipe.output
 
+    def job(self, kind: Kind, name: str, recipe: Recipe) -> Job:
+        """Return the job of a recipe in the folder of this comparison."""
+        return make_job(kind, name, recipe, self.output, self.identifier)
+
     def jobs(self, name: str, label: str, recipe: Recipe) -> list[Job]:
         """Return the jobs of one run of an arm: one, or one for each group of prompts."""
         if name not in self.sizes:
-            return [make_job(Kind.TRAIN, label, recipe, self.output)]
+            return [self.job(Kind.TRAIN, label, recipe)]
         of_groups = enumerate(parts(recipe, self.sizes[name]), start=1)
-        return [make_job(Kind.TRAIN, f"{label}-group{group}", part, self.output) for group, part in of_groups]
+        return [self.job(Kind.TRAIN, f"{label}-group{group}", part) for group, part in of_groups]
 
     def run(self, jobs: list[Job]) -> Run:
         """Return what became of one run of an arm."""
@@ -69,21 +78,31 @@ class _Sweep:
             # finished ones too: an earlier recipe may have left another file of that name
             job.write_recipe()
         waiting = [job for job in jobs if not job.finished]
-        if len(waiting) < len(jobs):
-            self.say(what, f"{len(jobs) - len(waiting)} of {len(jobs)} are there already")
-        at_once = self.recipe.options.jobs or default_jobs()
+        self.tell_reuse(jobs, waiting)
         with _bar(sum(job.steps for job in waiting), what, self.progress) as advance:
-            self.errors |= run_jobs(waiting, at_once, self.output / "logs", advance)
+            self.errors |= run_jobs(waiting, _at_once(self.recipe), self.output / "logs", self.workers, advance)
         for job in waiting:
             if job.name in self.errors:
                 self.say("failed", f"{job.name}: {self.errors[job.name]}")
+
+    def tell_reuse(self, jobs: list[Job], waiting: list[Job]) -> None:
+        """Say which jobs are there already, and why others, of which there is an earlier result, are not."""
+        if reused := [job.name for job in jobs if job not in waiting]:
+            self.say("reused", f"{len(reused)} of {len(jobs)}: {', '.join(reused)}")
+        again: dict[str, list[str]] = {}
+        for job in waiting:
+            if (reason := why_again(job)) is not None:
+                again.setdefault(reason, []).append(job.name)
+        for reason, names in again.items():
+            self.say("again", f"{', '.join(names)}: {reason}")
 
 
 def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, progress: bool = False) -> Comparison:
     """Carry out a comparison and return it; everything is in the folder `recipe.output`, the report included.
 
-    What is there already from an earlier, interrupted or smaller comparison is kept. A run that fails is reported, in
-    the results too, and ends none of the others.
+    What is there already from an earlier, interrupted or smaller comparison is kept, and reused where recipe, data,
+    base model, packages and code are the same: see `identity.py`. A run that fails is reported, in the results too, and
+    ends none of the others.
 
     Raises:
         UserError: for whatever the user can mend, before anything is trained.
@@ -93,8 +112,8 @@ def compare(recipe: ComparisonRecipe, *, say: Say = lambda topic, text: None, pr
 
     recipe.output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(recipe.output / ".lock", timeout=0):
-            return _compare(_Sweep(recipe, say, progress))
+        with FileLock(recipe.output / ".lock", timeout=0), make_workers(_at_once(recipe)) as workers:
+            return _compare(_Sweep(recipe, say, progress, workers))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("what has finished is kept, the same command goes on from there") from None
     except Timeout:
@@ -111,10 +130,7 @@ def _compare(sweep: _Sweep) -> Comparison:
     _solve(sweep)
     contrasts = len(recipe.arms) - 1
     if contrasts and items:
-        seeds = len(recipe.options.seeds)
-        found = expected_detectable(items, seeds, contrasts)
-        assumed = " This assumes that accuracies differ by 2 points between seeds and that 15 % of the items decide."
-        sweep.say("beforehand", size_sentence(items, [seeds], contrasts, [found]) + assumed)
+        sweep.say("beforehand", _size(items, len(recipe.options.seeds), contrasts))
     if recipe.options.match == COMPUTE:
         _match_compute(sweep, dict.fromkeys(recipe.arms, ""))
     elif recipe.compute_of:
@@ -132,6 +148,20 @@ def _compare(sweep: _Sweep) -> Comparison:
     write_results(comparison, sweep.output)
     write_report([comparison], sweep.output)
     return comparison
+
+
+def _at_once(recipe: ComparisonRecipe) -> int:
+    """Return how many jobs run at the same time."""
+    return recipe.options.jobs or default_jobs()
+
+
+def _size(items: int, seeds: int, contrasts: int) -> str:
+    """Return what a comparison of this size could show, before anything has run."""
+    if seeds == 1:
+        return size_sentence(items, [seeds], contrasts, [])
+    found = expected_detectable(items, seeds, contrasts)
+    assumed = " This assumes that accuracies differ by 2 points between seeds and that 15 % of the items decide."
+    return size_sentence(items, [seeds], contrasts, [found]) + assumed
 
 
 def _arm(sweep: _Sweep, name: str, jobs: list[list[Job]], trials: list[Trial]) -> Arm:
@@ -233,7 +263,7 @@ def _write_plan(sweep: _Sweep, name: str, solved: Solved, counter: Counter) -> N
 
 def _count_flops(sweep: _Sweep, names: Iterable[str]) -> dict[str, float]:
     """Return the operations per trained token of every arm whose count succeeded."""
-    jobs = {name: make_job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name), sweep.output) for name in names}
+    jobs = {name: sweep.job(Kind.FLOPS, f"{name}-flops", _quiet(sweep, name)) for name in names}
     sweep.carry_out(list(jobs.values()), "operations")
     return {name: job.metrics()["flops_per_token"] for name, job in jobs.items() if job.finished}
 
@@ -306,7 +336,7 @@ def _trial(run: Run, job: Job) -> Trial:
 def _base_job(sweep: _Sweep) -> Job:
     arm = sweep.recipe.arms[sweep.recipe.reference]
     bare = Recipe(output="", data=arm.data, model=arm.model, evaluation=arm.evaluation)
-    return make_job(Kind.BASE, "base", bare, sweep.output)
+    return sweep.job(Kind.BASE, "base", bare)
 
 
 def _run_jobs(sweep: _Sweep, name: str, seed: int) -> list[Job]:
@@ -322,23 +352,8 @@ def _run_jobs(sweep: _Sweep, name: str, seed: int) -> list[Job]:
 
 def _summary(sweep: _Sweep, name: str) -> str:
     reference = sweep.recipe.arms[sweep.recipe.reference]
-    summary = _describe(sweep.solved[name].recipe, reference.training)
+    summary = describe(sweep.solved[name].recipe, reference.training)
     return f"{summary}, one for each of {len(sweep.sizes[name])} groups" if name in sweep.sizes else summary
-
-
-def _describe(recipe: Recipe, common: TrainingOptions) -> str:
-    """Return an arm in a few words: the adapter, its rank, and where its training differs from the reference's."""
-    section: dict[str, Any] = recipe.peft or vars(recipe.adapter or AdapterConfig())
-    words = [recipe.adapter_name]
-    if "target_r" in section:
-        words.append(f"target_r={section['target_r']} init_r={section.get('init_r', 'default')}")
-    elif (rank := section.get("r")) is not None:
-        uneven = len({rank, *section.get("rank_pattern", {}).values()}) > 1
-        words.append(f"r={rank}{'–' + str(rank + 1) if uneven else ''}")
-    for key, value in vars(recipe.training).items():
-        if value != getattr(common, key):
-            words.append(f"{key}={value}")
-    return " ".join(words)
 
 
 def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict[str, Any]) -> Comparison:
@@ -350,7 +365,7 @@ def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict
         description=recipe.description,
         command=f"loraplex compare {shlex.quote(str(recipe.path))}",
         model=first.model.name,
-        rows=_sources(first),
+        rows=sources(first),
         budget=asked,
         budget_parameters=sweep.budget,
         reference=recipe.reference,
@@ -359,14 +374,6 @@ def _comparison(sweep: _Sweep, arms: list[Arm], base: Run | None, versions: dict
         base=base,
         environment=versions,
     )
-
-
-def _sources(recipe: Recipe) -> str:
-    """Return where the rows come from, in a line."""
-    trained = " and ".join(recipe.data.sources("train"))
-    if recipe.data.test_share:
-        return f"{trained}, tested on {recipe.data.test_share:.0%} of the items"
-    return trained if recipe.data.test is None else f"{trained}, tested on {' and '.join(recipe.data.sources('test'))}"
 
 
 @contextmanager

@@ -7,16 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from loraplex.errors import UserError, nearest
-from loraplex.training.documentation import recipe_keys
-from loraplex.training.reading import load_mapping, parse_overrides, recipe_from_mapping, resolve_key
-from loraplex.training.recipe import Recipe
+from loraplex.training.reading import known_paths, load_mapping, parse_overrides, recipe_from_mapping, resolve_key
+from loraplex.training.recipe import SHORT_FORMS, Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Options = TypeVar("Options")
 # What an arm may be called: its name is part of file names and of command lines.
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -115,13 +115,13 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         if key in known:
             mapping[key] = value
         else:
-            _set(shared, resolve_key(key, [*(entry.path for entry in recipe_keys())]), value)
+            _set(shared, resolve_key(key, known_paths()), value)
     _refuse_unknown(shared, known, str(path))
     if "arms" not in mapping:
         raise UserError(f"{path}: arms is missing: name the ways of adapting the model that are compared")
     if "seed" in shared:
         raise UserError(f"{path}: a comparison has seeds, not a seed")
-    options = _options({key: mapping[key] for key in known if key in mapping}, str(path))
+    options = _validated(CompareOptions, {key: mapping[key] for key in known if key in mapping}, str(path))
     arms, rates, own_rank, compute_of = {}, {}, set(), {}
     groups: dict[str, int | Literal["auto"]] = {}
     for name, changes in options.arms.items():
@@ -167,15 +167,16 @@ def _check_compute(compute_of: Mapping[str, str], options: CompareOptions, sourc
 
 
 def _refuse_unknown(shared: Mapping[str, Any], known: list[str], source: str) -> None:
-    top = {*known, *(key.path.partition(".")[0] for key in recipe_keys())}
+    top = {*known, *(path.partition(".")[0] for path in known_paths())}
     for key in shared:
         if key not in top:
             raise UserError(f"{source}: unknown key '{key}'.{nearest(str(key), top)}")
 
 
-def _options(mapping: dict[str, Any], source: str) -> CompareOptions:
+def _validated(kind: type[Options], mapping: Mapping[str, Any], source: str) -> Options:
+    """Return the options in a mapping; as JSON, because strict validation then takes a list for a tuple."""
     try:
-        return TypeAdapter(CompareOptions).validate_json(json.dumps(mapping, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(dict(mapping), default=str), strict=True)
     except ValidationError as failure:
         raise _explained(failure, source) from failure
 
@@ -191,10 +192,7 @@ def _arm(changes: Any, source: str) -> ArmOptions:
     for key in changes:
         if key not in names:
             raise UserError(f"{source}: unknown key '{key}'.{nearest(str(key), names)}")
-    try:
-        return TypeAdapter(ArmOptions).validate_json(json.dumps(dict(changes), default=str), strict=True)
-    except ValidationError as failure:
-        raise _explained(failure, source) from failure
+    return _validated(ArmOptions, changes, source)
 
 
 def _explained(failure: ValidationError, source: str) -> UserError:
@@ -232,12 +230,8 @@ def _set(shared: dict[str, Any], path: str, value: Any) -> None:
         return
     entry = shared.get(section)
     if not isinstance(entry, dict):
-        entry = {} if entry is None else {_first_key(section): entry}
+        entry = {} if entry is None else {SHORT_FORMS[section]: entry}
     shared[section] = {**entry, name: value}
-
-
-def _first_key(section: str) -> str:
-    return next(key.path for key in recipe_keys() if key.section == section).partition(".")[2]
 
 
 def _heading(text: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loraplex.comparison.results import Run
-from loraplex.evaluation import Accuracies
+from loraplex.evaluation.results import Accuracies
 from loraplex.training.recipe import Recipe
 
 

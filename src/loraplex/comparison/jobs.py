@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from loraplex import __version__
+from loraplex.comparison.identity import Identifier, Identity
 from loraplex.training.folder import RunFolder, write_atomically
 from loraplex.training.reading import recipe_to_yaml
 from loraplex.training.recipe import Recipe
+
+IDENTITY = "identity.json"
 
 
 class Kind(StrEnum):
@@ -28,7 +30,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """One process. The folder's name carries a hash of the recipe, so a changed recipe never meets old results."""
+    """One process. Its folder's name carries the digest of its identity: what has changed never meets old results."""
 
     kind: Kind
     name: str
@@ -37,6 +39,7 @@ class Job:
     """As it is trained: its `output` is the job's folder."""
     file: Path
     """The recipe as a file, for whoever repeats the run."""
+    identity: Identity
 
     @property
     def folder(self) -> Path:
@@ -58,6 +61,10 @@ class Job:
         """Optimizer steps to show progress by; a job that does not train counts as one."""
         return (self.recipe.training.max_steps or 1) if self.kind is Kind.TRAIN else 1
 
+    def record(self) -> None:
+        """Write down what the finished results depend on."""
+        self.identity.write(self.folder / IDENTITY)
+
     def metrics(self) -> dict[str, Any]:
         """Return what the finished job measured."""
         found: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
@@ -70,10 +77,29 @@ class Job:
         write_atomically(self.file, head + recipe_to_yaml(replace(self.recipe, output=f"runs/{self.name}")))
 
 
-def make_job(kind: Kind, name: str, recipe: Recipe, output: Path) -> Job:
-    """Return the job of a recipe within the comparison folder `output`."""
-    recipe = replace(recipe, output="")
-    identity = f"{__version__}\n{kind}\n{recipe_to_yaml(recipe)}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    folder = output / "runs" / f"{name}-{digest}"
-    return Job(kind, name, replace(recipe, output=str(folder)), output / "recipes" / f"{name}.yaml")
+def make_job(kind: Kind, name: str, recipe: Recipe, output: Path, identifier: Identifier) -> Job:
+    """Return the job of a recipe within the comparison folder `output`.
+
+    Raises:
+        UserError: when the base model or the data are not there.
+    """
+    identity = identifier.identity(kind, recipe)
+    folder = output / "runs" / f"{name}-{identity.digest}"
+    return Job(kind, name, replace(recipe, output=str(folder)), output / "recipes" / f"{name}.yaml", identity)
+
+
+def why_again(job: Job) -> str | None:
+    """Return why the finished results of an earlier job of this name are not those of `job`; None if there are none.
+
+    Where there are several, it is the one from which the least has changed.
+    """
+    reasons: list[Sequence[str]] = []
+    for folder in job.folder.parent.glob(f"{job.name}-{'[0-9a-f]' * 8}"):
+        if RunFolder(folder).metrics.is_file():
+            earlier = Identity.read(folder / IDENTITY)
+            unknown = ["an earlier version of loraplex has not written down what it was made from"]
+            reasons.append(unknown if earlier is None else job.identity.changes_since(earlier))
+    if not reasons:
+        return None
+    first, *more = min(reasons, key=len)
+    return f"{first}, and {len(more)} more" if len(more) > 1 else " and ".join([first, *more])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ _MOST_SEEDS = 1_000_000
 _DRAWS = 201
 
 Array = npt.NDArray[np.float64]
+Verdict = Literal["better", "worse", "open"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ class Estimate:
     items: int
     difference: float
     interval: tuple[float, float]
+    """95 % interval of the difference; with one seed it allows for the items alone."""
     p_value: float
+    """Of no difference; with one seed that of two adapters, which says nothing about other seeds."""
     detectable: float
     seeds_needed: int | None
     items_needed: int | None
@@ -136,6 +140,12 @@ class Estimate:
             # One seed, or several that say the same of every item and so no more than one would.
             return _exact(pairs, contrasts)
         return _random_effects(pairs, contrasts)
+
+    def verdict(self, adjusted_p_value: float) -> Verdict:
+        """Return what is decided, by the p-value corrected for the number of arms; one seed decides nothing."""
+        if self.seeds == 1 or adjusted_p_value >= LEVEL:
+            return "open"
+        return "better" if self.difference > 0 else "worse"
 
 
 def _random_effects(pairs: Array, contrasts: int) -> Estimate:

@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 from loraplex.comparison.paired import LEVEL, POWER, Estimate
 
+ONE_SEED = "one seed says nothing about others"
+
 
 def size_sentence(items: int, seeds: Collection[int], contrasts: int, detectable: Collection[float]) -> str:
     """Return what a size can show, in a sentence that is good before and after the runs.
@@ -14,16 +16,22 @@ def size_sentence(items: int, seeds: Collection[int], contrasts: int, detectable
         items: Test items.
         seeds: Seeds of every contrast; one number is enough where they are equal.
         contrasts: Arms that are compared with the reference.
-        detectable: The difference that every contrast can detect; likewise.
+        detectable: The difference that every contrast of two seeds or more can detect; likewise.
     """
+    if max(seeds) == 1:
+        return (
+            f"With 1 seed and {items:,} {_plural(items, 'item')} nothing can be decided, however large a difference "
+            f"is: {ONE_SEED}."
+        )
     corrected = f", corrected for {contrasts} contrasts" if contrasts > 1 else ""
     least, most = (_points(value(detectable)) for value in (min, max))
     difference = f"a difference of about {least} points"
     if least != most:
         difference = f"a difference of about {least} to {most} points, depending on the arm,"
+    undecided = f" Arms with one seed stay open: {ONE_SEED}." if min(seeds) == 1 else ""
     return (
         f"With {_span(seeds)} {_plural(max(seeds), 'seed')} and {items:,} {_plural(items, 'item')} {difference} "
-        f"could be detected ({100 * POWER:.0f} % power, {100 * LEVEL:.0f} % level{corrected})."
+        f"could be detected ({100 * POWER:.0f} % power, {100 * LEVEL:.0f} % level{corrected}).{undecided}"
     )
 
 
@@ -44,18 +52,21 @@ def verdict_sentence(
     p_value = f", {_p_value(adjusted_p_value)}{corrected}"
     few = f" on {estimate.seeds} of {planned_seeds} seeds" if estimate.seeds < planned_seeds else ""
     low, high = estimate.interval
-    if adjusted_p_value < LEVEL:
-        word, sign = ("better", 1) if estimate.difference > 0 else ("worse", -1)
+    verdict = estimate.verdict(adjusted_p_value)
+    if verdict != "open":
+        sign = 1 if verdict == "better" else -1
         between = " to ".join(_points(bound) for bound in sorted((sign * low, sign * high)))
-        caveat = " One seed says nothing about others." if estimate.seeds == 1 else ""
         by = _points(abs(estimate.difference))
-        return f"{arm} is {word} than {reference} by {by} points{few} (95 % interval {between}{p_value}).{caveat}"
+        return f"{arm} is {verdict} than {reference} by {by} points{few} (95 % interval {between}{p_value})."
+    between = f"{_points(low)} to {_points(high)}"
+    difference = f"difference {_points(estimate.difference, signed=True)} points, 95 % interval {between}"
+    if estimate.seeds == 1:
+        few = few or " on one seed"
+        return f"{arm} against {reference} is open{few} ({difference} over the items alone); {_outlook(estimate)}."
     # Without p a reader would wonder at an interval that leaves out zero.
     p_value = p_value if low > 0 or high < 0 else ""
-    between = f"{_points(low)} to {_points(high)}"
     return (
-        f"{arm} cannot be told apart from {reference} at this size{few} (difference "
-        f"{_points(estimate.difference, signed=True)} points, 95 % interval {between}{p_value}); {_outlook(estimate)}."
+        f"{arm} cannot be told apart from {reference} at this size{few} ({difference}{p_value}); {_outlook(estimate)}."
     )
 
 
@@ -74,7 +85,7 @@ def _outlook(estimate: Estimate) -> str:
     if estimate.items == 1:
         return "one item cannot show a difference"
     if estimate.seeds == 1:
-        return "one seed says nothing about others"
+        return ONE_SEED
     if estimate.seeds_needed is None:
         assert estimate.items_needed is not None
         return f"seeds alone cannot show 1 point, it takes at least {_rounded(estimate.items_needed)} items"

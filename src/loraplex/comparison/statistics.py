@@ -12,7 +12,7 @@ import math
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from loraplex.comparison.paired import LEVEL, Array, Estimate, Spread, detectable, detectable_with_one_seed
+from loraplex.comparison.paired import LEVEL, Array, Estimate, Spread, detectable
 from loraplex.comparison.results import Comparison
 from loraplex.comparison.sentences import left_out_sentences, size_sentence, verdict_sentence
 from loraplex.comparison.summary import ArmStatistics, Contrast, Summary
@@ -32,16 +32,14 @@ def expected_detectable(
 
     Args:
         items: Test items.
-        seeds: Training seeds of every arm.
+        seeds: Training seeds of every arm, two or more; with one nothing is decided.
         contrasts: Arms that are compared with the reference; the level is divided by them.
         discordant: Share of pairs in which one of the two arms is right.
         between_seeds: Standard deviation of the accuracy between the seeds of one arm, on endlessly many items. LoRA
-            had .027 and .014 on SST-2 with 60 and 37 steps and .006 on ARC-Easy. One seed knows nothing of it.
+            had .027 and .014 on SST-2 with 60 and 37 steps and .006 on ARC-Easy.
     """
     if items == 1:
         return 1.0
-    if seeds == 1:
-        return detectable_with_one_seed(items, discordant, contrasts)
     persistent, residual = discordant * _PERSISTENT, discordant * (1 - _PERSISTENT)
     of_seeds = residual + items * 2 * between_seeds**2
     spread = Spread(np.asarray(of_seeds), np.asarray(residual), np.asarray(persistent), items)
@@ -127,7 +125,6 @@ def _contrasts(comparison: Comparison, arms: list[str], estimates: list[Estimate
 
 def _contrast(comparison: Comparison, arm: str, estimate: Estimate, adjusted: float, contrasts: int) -> Contrast:
     reference, planned = comparison.reference, len(comparison.seeds)
-    significant = adjusted < LEVEL
     return Contrast(
         arm=arm,
         reference=reference,
@@ -139,7 +136,7 @@ def _contrast(comparison: Comparison, arm: str, estimate: Estimate, adjusted: fl
         adjusted_p_value=adjusted,
         detectable=estimate.detectable,
         seeds_needed=estimate.seeds_needed,
-        verdict=("better" if estimate.difference > 0 else "worse") if significant else "open",
+        verdict=estimate.verdict(adjusted),
         sentence=verdict_sentence(arm, reference, estimate, adjusted, contrasts, planned),
     )
 
@@ -149,5 +146,5 @@ def _beforehand(contrasts: list[Contrast], arms: int) -> str:
         reason = "there is only one arm" if arms == 1 else "no two arms have finished the same seed"
         return f"Nothing can be compared: {reason}."
     seeds = [contrast.seeds for contrast in contrasts]
-    differences = [contrast.detectable for contrast in contrasts]
+    differences = [contrast.detectable for contrast in contrasts if contrast.seeds > 1]
     return size_sentence(contrasts[0].items, seeds, len(contrasts), differences)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from loraplex.comparison.paired import Verdict
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,17 @@ class Contrast:
     difference: float
     """Mean accuracy of the arm minus that of the reference."""
     interval: tuple[float, float]
-    """95 % interval of the difference."""
+    """95 % interval of the difference; with one seed it allows for the items alone."""
     p_value: float
+    """Of no difference; with one seed that of two adapters, which says nothing about other seeds."""
     adjusted_p_value: float
     """Corrected for the number of arms."""
     detectable: float
-    """The true difference that this size would find with a probability of 80 %."""
+    """The true difference that this size would find with a probability of 80 %; with one seed that of two adapters."""
     seeds_needed: int | None
     """Seeds in all with which one point could be detected; None where seeds alone cannot do it."""
-    verdict: Literal["better", "worse", "open"]
+    verdict: Verdict
+    """Always "open" with one seed, whatever the p-value is."""
     sentence: str
     """The result in plain words."""
 

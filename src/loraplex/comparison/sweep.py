@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from loraplex.comparison.jobs import Job
 from loraplex.comparison.worker import INTERRUPTED, STEP
+from loraplex.comparison.workers import Workers
 
 # Cores that a single run makes good use of.
 CORES_PER_RUN = 8
@@ -26,18 +25,29 @@ def default_jobs() -> int:
     return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // CORES_PER_RUN)
 
 
+def make_workers(at_once: int) -> Workers:
+    """Return workers for so many jobs at the same time, which share the cores."""
+    return Workers(max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None)
+
+
 def run_jobs(
-    jobs: Sequence[Job], at_once: int, logs: Path, progress: Progress = lambda job, steps: None
+    jobs: Sequence[Job],
+    at_once: int,
+    logs: Path,
+    workers: Workers,
+    progress: Progress = lambda job, steps: None,
 ) -> dict[str, str]:
-    """Carry out the jobs and return the error of each that failed, by its name.
+    """Carry out the jobs, `at_once` at the same time, and return the error of each that failed, by its name.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, after the running jobs have saved their state.
     """
     logs.mkdir(parents=True, exist_ok=True)
     errors: dict[str, str] = {}
+    if jobs:
+        workers.prepare()
     with ThreadPoolExecutor(at_once) as pool:
-        running: dict[Future[str | None], Job] = {pool.submit(_run, job, at_once, logs, progress): job for job in jobs}
+        running: dict[Future[str | None], Job] = {pool.submit(_run, job, logs, workers, progress): job for job in jobs}
         try:
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -51,31 +61,26 @@ def run_jobs(
     return errors
 
 
-def _run(job: Job, at_once: int, logs: Path, progress: Progress) -> str | None:
+def _run(job: Job, logs: Path, workers: Workers, progress: Progress) -> str | None:
     """Carry out one job and return its error, None when it finished."""
-    environment = dict(os.environ)
-    if at_once > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     log = logs / f"{job.name}.log"
-    command = [sys.executable, "-m", "loraplex.comparison.worker", job.kind, str(job.file), str(job.folder)]
-    with (
-        log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None
-        before = None
-        for line in process.stdout:
+    arguments = [job.kind, str(job.file), str(job.folder)]
+    with log.open("w", encoding="utf-8") as errors, workers.start(arguments, errors) as running:
+        before: int | None = None
+        for line in running.output:
             if line.startswith(STEP):
                 step = int(line.removeprefix(STEP))
                 # A resumed run starts in the middle: what lies before counts when its first step does.
                 progress(job, step - (before or 0))
                 before = step
-    if process.returncode == INTERRUPTED:
+    status = running.process.returncode
+    if status == INTERRUPTED:
         return "interrupted; the same command goes on with it"
-    if process.returncode != 0 or not job.finished:
-        return _last_line(log) or f"ended with status {process.returncode}, see {log}"
+    if status != 0 or not job.finished:
+        return _last_line(log) or f"ended with status {status}, see {log}"
+    job.record()
+    # those that no line has told: of a job that does not train, and of one that had been trained before
+    progress(job, job.steps - (before or 0))
     return None
 
 

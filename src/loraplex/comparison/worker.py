@@ -2,6 +2,7 @@
 
 A process of its own keeps its memory's peak and its crashes to itself. It tells its progress on standard output, one
 line per optimizer step, and ends when the process that started it is gone: its standard input closes then.
+Everything heavy is imported here, once, before a fork server forks: see `fork_server.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraplex.comparison.jobs import Kind
 from loraplex.errors import UserError
+from loraplex.models.loading import load_tokenizer
+from loraplex.training import preparation
+from loraplex.training.flops import flops_per_token
+from loraplex.training.folder import RunFolder, write_json
+from loraplex.training.measuring import measure
 from loraplex.training.reading import read_recipe
 from loraplex.training.recipe import Recipe
+from loraplex.training.run import train
 
 # Starts a line of progress; whatever else is printed is for the log.
 STEP = "@step"
@@ -24,18 +31,18 @@ INTERRUPTED = 130
 
 
 class Announcing(TrainerCallback):
-    """Says every finished optimizer step."""
+    """Writes a line of progress to standard output after every optimizer step."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Say it."""
+        """Write the number of optimizer steps that are done."""
         sys.stdout.write(f"{STEP} {state.global_step}\n")
         sys.stdout.flush()
 
 
 def main(arguments: list[str]) -> int:
-    """Do the job and return the exit status."""
+    """Do the job and return the exit status: 0, 1 for what the user can mend, 130 when interrupted."""
     kind, file, folder = arguments
     threading.Thread(target=_end_with_parent, daemon=True).start()
     recipe = replace(read_recipe(file), output=folder)
@@ -50,34 +57,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(recipe: Recipe) -> None:
-    from loraplex.training.folder import RunFolder
-    from loraplex.training.run import train
-
     started = RunFolder(recipe.output).recipe.is_file()
     train(recipe, resume=started, callbacks=[Announcing()], count_flops=True)
 
 
 def _measure_base(recipe: Recipe) -> None:
-    from loraplex.models.loading import load_tokenizer
-    from loraplex.training.folder import RunFolder, write_json
-    from loraplex.training.measuring import measure
-    from loraplex.training.preparation import load_base, read_rows
-
     folder = RunFolder(recipe.output)
     tokenizer = load_tokenizer(recipe.model.name)
-    rows = read_rows(recipe, tokenizer)
-    model = load_base(recipe)
+    rows = preparation.read_rows(recipe, tokenizer)
+    model = preparation.load_base(recipe)
     measured = measure(model, tokenizer, rows.test, recipe.evaluation)
     measured.write(folder.evaluation / "after.jsonl")
     write_json(folder.metrics, {"accuracy": {"after": measured.summary}})
 
 
 def _count_flops(recipe: Recipe) -> None:
-    from loraplex.models.loading import load_tokenizer
-    from loraplex.training import preparation
-    from loraplex.training.flops import flops_per_token
-    from loraplex.training.folder import RunFolder, write_json
-
     folder = RunFolder(recipe.output)
     folder.path.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(recipe.model.name)

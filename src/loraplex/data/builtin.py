@@ -13,6 +13,7 @@ from typing import Any
 from loraplex.data.examples import Example, Message
 from loraplex.data.options import Split
 from loraplex.errors import UserError, nearest
+from loraplex.extras import require
 
 BUILTIN = "builtin:"
 DEFAULT_ROWS = {"train": 1000, "test": 200}
@@ -53,6 +54,7 @@ def split_of(question: str) -> Split:
 
 
 def _create(name: str, seed: int, size: int) -> Any:
+    require(f"{BUILTIN}{name}", "tasks")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

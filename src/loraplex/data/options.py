@@ -25,48 +25,52 @@ class DataOptions:
         UserError: a value is out of range, or options that do not belong together are set.
     """
 
-    # Source of the training rows.
     train: str | tuple[str, ...] | None = None
-    # Source of the rows for evaluation.
+    """Source of the training rows."""
     test: str | tuple[str, ...] | None = None
-    # The form of the rows; `auto` recognizes it from the fields of the first row.
+    """Source of the rows for evaluation."""
     format: Format = "auto"
-    # Template form: the prompt, with {field} for the fields of a row.
+    """The form of the rows; `auto` recognizes it from the fields of the first row."""
     prompt: str | None = None
-    # Template form, for `model.head: classification`: a second text that is read together with the prompt.
+    """Template form: the prompt, with {field} for the fields of a row."""
     second: str | None = None
-    # Template form: the completion, for rows without choices.
+    """Template form, for `model.head: classification`: a second text that is read together with the prompt."""
     completion: str | None = None
-    # Template form: the options, each as a completion, so usually with a leading space; or the names of the classes.
+    """Template form: the completion, for rows without choices."""
     choices: tuple[str, ...] = ()
-    # Template form: the field that holds the right option as index, letter or text.
+    """Template form: the options, each as a completion, so usually with a leading space; or the names of the
+    classes."""
     answer: str = "answer"
-    # Asks a text prompt as a user message through the tokenizer's chat template.
+    """Template form: the field that holds the right option as index, letter or text."""
     chat: bool = False
-    # The task of rows that have no `task` field of their own.
+    """Asks a text prompt as a user message through the tokenizer's chat template."""
     task: str = ""
-    # Takes a seeded sample of at most this many rows from each training source; a built-in task makes this many.
+    """The task of rows that have no `task` field of their own."""
     max_train: int | None = None
-    # The same for each source of evaluation rows.
+    """Takes a seeded sample of at most this many rows from each training source; a built-in task makes this many."""
     max_test: int | None = None
-    # A seeded sample of at most this many evaluation rows of each task of a source.
+    """Takes a seeded sample of at most this many rows from each source of evaluation rows."""
     max_test_per_task: int | None = None
-    # Splits the sources in `train` by item: this share of the items, by a hash of their prompts, is for evaluation.
+    """Takes a seeded sample of at most this many evaluation rows of each task of a source."""
     test_share: float = 0.0
-    # Task -> weight of its share of the training rows, 1 where none is given; their number stays as it is.
+    """Splits the sources in `train` by item: this share of the items, by a hash of their prompts, is for evaluation."""
     task_weights: Mapping[str, float] = field(default_factory=dict)
-    # Evens out the shares of large and small tasks: a task counts as (its rows)^(1 / temperature).
+    """Task -> weight of its share of the training rows, 1 where none is given; their number stays as it is."""
     task_temperature: float = 1.0
-    # Leaves out training rows whose prompt has fewer words, those of a template included.
+    """Evens out the shares of large and small tasks: a task counts as (its rows)^(1 / temperature)."""
     min_words: int = 0
-    # "2/3": only rows of the second of three groups of prompts, those that `loraplex heads` finds in the training rows.
+    """Leaves out training rows whose prompt has fewer words, those of a template included."""
     group: str | None = None
-    # Decides which rows are sampled and which items a built-in task makes; not the seed of training.
+    """"2/3": only rows of the second of three groups of prompts, those that `loraplex heads` finds in the training
+    rows."""
     seed: int = 0
-    # Hub data sets: the configuration and the names of the splits.
+    """Decides which rows are sampled and which items a built-in task makes; not the seed of training."""
     config: str | None = None
+    """Hub data sets: the configuration."""
     train_split: str = "train"
+    """Hub data sets: the split with the training rows."""
     test_split: str = "test"
+    """Hub data sets: the split with the rows for evaluation."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading data."""

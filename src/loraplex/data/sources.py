@@ -13,6 +13,7 @@ from pathlib import Path
 from loraplex.data.examples import Row
 from loraplex.data.options import DataOptions, Split
 from loraplex.errors import UserError, nearest
+from loraplex.extras import require
 
 BENCHMARK = "benchmark:"
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -25,10 +26,8 @@ def read_rows(source: str, options: DataOptions, split: Split) -> list[Row]:
     Raises:
         UserError: there is no such source, it cannot be read, or it has no rows.
     """
-    if source.startswith(BENCHMARK):
-        rows = list(read_json(benchmark_path(source.removeprefix(BENCHMARK)), source))
-    elif Path(source).is_file():
-        rows = list(read_json(Path(source), source))
+    if (file := _file(source)) is not None:
+        rows = list(read_json(file, source))
     elif Path(source).is_dir() or (_HUB_ID.fullmatch(source) and not source.endswith(_JSON_SUFFIXES)):
         rows = _read_hub(source, options.config, options.train_split if split == "train" else options.test_split)
     else:
@@ -36,6 +35,24 @@ def read_rows(source: str, options: DataOptions, split: Split) -> list[Row]:
     if not rows:
         raise UserError(f"{source} has no rows; a data set needs at least one")
     return rows
+
+
+def local_files(source: str) -> list[Path]:
+    """Return the files on this machine that hold the rows of `source`, sorted; none for a hub id.
+
+    Raises:
+        UserError: it is a benchmark set that is not there.
+    """
+    if (file := _file(source)) is not None:
+        return [file]
+    return sorted(path for path in Path(source).rglob("*") if path.is_file()) if Path(source).is_dir() else []
+
+
+def _file(source: str) -> Path | None:
+    """Return the one file that `source` is; None for a folder, a hub id, and what does not exist."""
+    if source.startswith(BENCHMARK):
+        return benchmark_path(source.removeprefix(BENCHMARK))
+    return Path(source) if Path(source).is_file() else None
 
 
 def benchmark_root() -> Path | None:
@@ -122,6 +139,7 @@ def _excerpt(line: str) -> str:
 
 
 def _read_hub(source: str, config: str | None, split: str) -> list[Row]:
+    require(f"the data set '{source}'", "train")
     from datasets import load_dataset
 
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from loraplex.errors import UserError, nearest
+from loraplex.extras import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +31,11 @@ def run_harness(
     Raises:
         UserError: the harness is not installed, a task is unknown, or its data cannot be fetched.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"--lm-eval needs the package lm-eval ({error}); install it with: pip install 'loraplex[eval]'"
-        ) from error
+    require("--lm-eval", "eval")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
     for task in tasks:
         if task not in manager.all_tasks:

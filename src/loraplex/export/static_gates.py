@@ -19,7 +19,8 @@ from loraplex.adapters.registry import Capability
 from loraplex.data import DataOptions, Example, read_examples
 from loraplex.data.tokenization import tokenize
 from loraplex.errors import UserError
-from loraplex.evaluation import Accuracy, score_options
+from loraplex.evaluation.options import score_options
+from loraplex.evaluation.results import Accuracy
 from loraplex.export.subject import ExportCandidate
 from loraplex.export.verification import LONGEST
 from loraplex.models.agreement import Agreement, compare, model_logits

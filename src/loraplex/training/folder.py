@@ -82,7 +82,7 @@ class RunFolder:
     def _check_same(self, recipe: Recipe) -> None:
         if self.metrics.is_file():
             raise UserError(f"the run in '{self.path}' is finished: --overwrite trains it again")
-        before, now = _leaves(recipe_to_dict(read_recipe(self.recipe))), _leaves(recipe_to_dict(recipe))
+        before, now = leaves(recipe_to_dict(read_recipe(self.recipe))), leaves(recipe_to_dict(recipe))
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key) and not key.startswith(NOT_TRAINED_ON):
                 raise UserError(
@@ -165,12 +165,12 @@ def _umask() -> int:
     return mask
 
 
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     """Return {dotted path: value} of a nested mapping."""
     if not isinstance(tree, dict) or not tree:
         return {path: tree}
     return {
         leaf: value
         for key, branch in tree.items()
-        for leaf, value in _leaves(branch, f"{path}.{key}" if path else str(key)).items()
+        for leaf, value in leaves(branch, f"{path}.{key}" if path else str(key)).items()
     }

@@ -12,17 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.data import Example
 from loraplex.errors import UserError
-from loraplex.evaluation import (
-    LLM_ADAPTERS,
-    Accuracies,
-    Decoding,
-    majority_share,
-    score_answer_loss,
-    score_classes,
-    score_generation,
-    score_options,
-    write_records,
-)
+from loraplex.evaluation.answer_loss import score_answer_loss
+from loraplex.evaluation.classes import score_classes
+from loraplex.evaluation.generation import LLM_ADAPTERS, Decoding, score_generation
+from loraplex.evaluation.options import score_options
+from loraplex.evaluation.results import Accuracies, majority_share, write_records
 from loraplex.models.classifier import classes_of
 from loraplex.training.recipe import EvaluationOptions
 

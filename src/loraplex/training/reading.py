@@ -14,11 +14,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from loraplex.errors import UserError, nearest
-from loraplex.training.documentation import recipe_keys
-from loraplex.training.recipe import Recipe
+from loraplex.training.recipe import SHORT_FORMS, Recipe
 
 HINTS = typing.get_type_hints(Recipe, include_extras=True)
-SECTIONS = {name: cls for name, cls in HINTS.items() if dataclasses.is_dataclass(cls)}
+SECTIONS = {name: cls for name, cls in HINTS.items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
+# Its keys are the fields of `AdapterConfig`.
+ADAPTER = "adapter"
 
 
 class _Loader(yaml.SafeLoader):
@@ -72,13 +73,28 @@ def recipe_from_mapping(
     Raises:
         UserError: for an unknown key, a wrong type or a value out of range.
     """
-    known = [key.path for key in recipe_keys()]
+    known = known_paths()
     flat = {path: (value, f"{source}: {path}") for path, value in _flatten(mapping, known, source)}
     given = (entry for key, value in (overrides or {}).items() for entry in _spread(key, value, known))
     for path, value in given:
         flat = {kept: entry for kept, entry in flat.items() if not kept.startswith(path + ".")}
         flat[path] = (value, f"--{path}")
     return _typed(_validate(flat, source), flat)
+
+
+def known_paths() -> list[str]:
+    """Return every key that a recipe may have, dotted."""
+    paths = []
+    for name in HINTS:
+        if name == ADAPTER:
+            from loraplex.tuner.config import AdapterConfig
+
+            paths += [f"{ADAPTER}.{key}" for key in AdapterConfig.own_fields()]
+        elif name in SECTIONS:
+            paths += [f"{name}.{entry.name}" for entry in dataclasses.fields(SECTIONS[name])]
+        else:
+            paths.append(name)
+    return paths
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -136,7 +152,7 @@ def _load_yaml(text: str, source: str) -> Any:
 
 
 def _flatten(mapping: Mapping[str, Any], known: list[str], source: str) -> Iterable[tuple[str, Any]]:
-    """Yield (path, value) of every leaf; a section given as a plain value is its first key."""
+    """Yield (path, value) of every leaf; a section given as a plain value is the key of `SHORT_FORMS`."""
     sections = dict.fromkeys(path.partition(".")[0] for path in known if "." in path)
     for key, value in mapping.items():
         if key in sections and isinstance(value, Mapping):
@@ -147,7 +163,7 @@ def _flatten(mapping: Mapping[str, Any], known: list[str], source: str) -> Itera
                 yield path, leaf
         elif key in sections:
             if value is not None:
-                yield _first_key(str(key), known), value
+                yield _short_form(str(key), f"{source}: {key} is {value!r}"), value
         elif key in known:
             yield key, value
         else:
@@ -158,16 +174,27 @@ def _spread(key: str, value: Any, known: list[str]) -> Iterable[tuple[str, Any]]
     """Yield (path, value) of an override; several where it is a mapping of a section's keys."""
     if isinstance(value, Mapping) and value and all(f"{key}.{name}" in known for name in value):
         yield from ((f"{key}.{name}", leaf) for name, leaf in value.items())
+    elif isinstance(value, Mapping) and key in SECTIONS and key not in SHORT_FORMS:
+        raise next(
+            _unknown(f"{key}.{name}", known, "command line", "--") for name in value if f"{key}.{name}" not in known
+        )
     else:
         yield resolve_key(key, known), value
 
 
-def _first_key(section: str, known: list[str]) -> str:
-    return next(path for path in known if path.startswith(section + "."))
+def _short_form(section: str, given: str) -> str:
+    """Return the path of the key that a section given as a plain value means.
+
+    Raises:
+        UserError: when the section has no short form.
+    """
+    if section not in SHORT_FORMS:
+        raise UserError(f"{given}: '{section}' is a section, give its keys ('loraplex train --help' lists them)")
+    return f"{section}.{SHORT_FORMS[section]}"
 
 
 def resolve_key(key: str, known: list[str]) -> str:
-    """Return the dotted path of an override's key: itself, a section's first key, or the one key of that name."""
+    """Return the dotted path of an override's key: itself, a section's short form, or the one key of that name."""
     if key in known:
         return key
     # Free mappings (training.trainer_args.x, adapter.rank_pattern.x) are set entry by entry.
@@ -175,7 +202,7 @@ def resolve_key(key: str, known: list[str]) -> str:
     if parent is not None:
         return key
     if any(path.startswith(key + ".") for path in known):
-        return _first_key(key, known)
+        return _short_form(key, f"--{key}")
     matches = [path for path in known if path.rpartition(".")[2] == key]
     if not matches:
         raise _unknown(key, known, "command line", dashes="--")

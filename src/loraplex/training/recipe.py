@@ -22,6 +22,8 @@ else:
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# What a section given as a plain value means: `model: gpt2` is `model: {name: gpt2}`. The others have no such form.
+SHORT_FORMS = {"data": "train", "model": "name", "adapter": "adapter"}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""The border to PEFT: one tuner, one layer wrapper, one config for every method. Importing it registers with PEFT."""
+"""The border to PEFT: one tuner, one layer wrapper, one config for every method.
 
-from loraplex.tuner import registration
+Whoever imports anything of it has made PEFT know loraplex's own type.
+"""
 
-__all__ = ["registration"]
+from loraplex.tuner import registration as registration

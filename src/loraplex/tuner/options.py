@@ -46,6 +46,13 @@ class Typed(Generic[T]):
     def __init__(self, parse: Callable[[Any], T], default: str) -> None:
         self.parse, self.default = parse, default
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Tell pydantic, where it reads a recipe's fields, that any value may be given: methods check their own."""
+        from pydantic_core import core_schema
+
+        return core_schema.any_schema()
+
     def __set_name__(self, owner: type, name: str) -> None:
         """Remember the field's name."""
         self.name = name
