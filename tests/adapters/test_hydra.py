@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from tests.adapters.large_shapes import count
 from tests.contract.sites import build
 from tests.data.topics import prompts
+from tests.extras import SKLEARN
 from tests.tuner.tiny_models import adapted, config, gradients, llama, logits, move, tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -293,6 +294,7 @@ def test_a_router_that_does_not_learn_is_no_parameter(router: str, tmp_path: Pat
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+@SKLEARN
 def test_heads_left_open_need_training_rows() -> None:
     left_open = AdapterConfig(adapter={"name": "hydra", "heads": "auto"}, target_modules=["q_proj"])
     with pytest.raises(UserError, match="heads is 'auto' without training rows: give a number"):

@@ -140,6 +140,14 @@ def test_bfloat16_autocast_trains_ragged_batches_no_worse_than_padded_ones(ragge
     assert 0 < ours <= 1.2 * stock
 
 
+def test_a_trainer_that_reads_logits_gets_them(ragged):
+    """SFTTrainer before 1.16, with loss_type='nll': it says `use_cache`, which the Trainer never does."""
+    model = adapted()
+    output = model(**ragged, num_items_in_batch=7, use_cache=False)
+    assert output.logits.shape == (3, 8, SIZES["vocab_size"])
+    torch.testing.assert_close(model(**ragged, num_items_in_batch=7).loss, output.loss, rtol=1e-5, atol=1e-6)
+
+
 def test_a_model_that_runs_a_part_of_its_backbone_computes_its_own_loss(ragged):
     model = get_peft_model(opt(), config("opt")).train()
     batch = {name: tensor.clamp(max=VOCABULARY - 1) for name, tensor in ragged.items()}

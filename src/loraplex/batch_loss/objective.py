@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.batch_loss import second_pass, trl
 from loraplex.batch_loss.labeled import IGNORED, Head, Labeled, first_look, frozen_head, labeled
@@ -63,7 +62,7 @@ def compute_output(
     if fused:
         return trl.output(batch.labeled.mask, outcome.log_probs, outcome.entropy, outcome.top, items)
     total = len(outcome.log_probs) or 1 if items is None else items
-    return CausalLMOutputWithPast(loss=-outcome.log_probs.sum() / total)
+    return trl.sums(model, -outcome.log_probs.sum() / total, outcome.entropy, outcome.top)
 
 
 def _refuse_other_outputs(model: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The loss of a training step under `transformers.Trainer`, with the head multiplied at labeled positions only.
 
 The Trainer passes `labels` and `num_items_in_batch` and reads nothing but the loss. Calls that look otherwise (a plain
-loop, evaluation, a trainer that wants logits) get the base model's own forward.
+loop, evaluation, a trainer that wants logits) get the base model's own forward. TRL's SFTTrainer before 1.16 passes
+`use_cache` besides: it reads logits, or the sums of its loss in chunks.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.batch_loss.labeled import IGNORED, Head, first_look, frozen_head, labeled
+from loraplex.batch_loss.trl import sums
 from loraplex.batch_loss.verdicts import Verdicts
 from loraplex.compat.transformers import ForCausalLMLoss
+from loraplex.compat.trl import has_chunked_loss
 
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"} | {
-    "use_cache",
     "return_dict",
     "output_attentions",
     "output_hidden_states",
@@ -40,7 +42,8 @@ def compute_output(
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
     if args or padding_free is False or not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return None
-    if kwargs.get("num_items_in_batch") is None or not kwargs.keys() <= _UNDERSTOOD:
+    understood = _UNDERSTOOD | {"use_cache"} if has_chunked_loss(model) else _UNDERSTOOD
+    if kwargs.get("num_items_in_batch") is None or not kwargs.keys() <= understood:
         return None
     if kwargs.get("return_dict") is False or any(kwargs.get(f"output_{x}") for x in ("attentions", "hidden_states")):
         return None
@@ -51,8 +54,8 @@ def compute_output(
         return None
     inputs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
     batch = labeled(model, (), inputs, labels, padding_free)
-    log_probs, _, _ = Head(linear).log_probs(batch.hidden(model.base_model), batch.targets)
-    return CausalLMOutputWithPast(loss=-log_probs.sum() / kwargs["num_items_in_batch"])
+    log_probs, entropy, top = Head(linear).log_probs(batch.hidden(model.base_model), batch.targets)
+    return sums(model, -log_probs.sum() / kwargs["num_items_in_batch"], entropy, top)
 
 
 def mean_loss(model: nn.Module, batch: Mapping[str, Any], padding_free: bool | str) -> Tensor:

@@ -1,18 +1,21 @@
-"""Answers TRL's `fused_lm_head=True` with the head multiplied at labeled positions only.
+"""Answers TRL's trainers with the head multiplied at labeled positions only.
 
 TRL's trainers put a fused head on the base model and read per-token fields of its output. Away from Triton devices it
 projects every position. Where it asks for what `label_log_probs` computes, the tuner's forward answers instead, with
-the same fields; in every other case TRL's own function runs.
+the same fields; in every other case TRL's own function runs. Before 1.16 SFTTrainer puts a loss in chunks there instead
+and reads sums, see `sums`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loraplex.batch_loss.labeled import Head, frozen_head, labeled
-from loraplex.compat.trl import fused_head_settings, fused_output
+from loraplex.compat.trl import ChunkedOutput, fused_head_settings, fused_output, has_chunked_loss
 
 _FIELDS = {"log_probs", "entropy", "is_top1"}
 """What SFTTrainer asks for. It uses the entropy as a metric; others differentiate it, so they get TRL's function."""
@@ -69,6 +72,21 @@ def output(mask: Tensor, log_probs: Tensor, entropy: Tensor, top: Tensor, items:
         entropy=spread(entropy),
         is_top1=spread(top),
         label_mask=mask,
+    )
+
+
+def sums(model: nn.Module, loss: Tensor, entropy: Tensor, top: Tensor) -> CausalLMOutputWithPast:
+    """Return an output with the loss alone, and with what SFTTrainer reads where it has put its loss in chunks.
+
+    entropy (n,) and top (n,), whether the label is on top, are those of the n labels that count.
+    """
+    if not has_chunked_loss(model):
+        return CausalLMOutputWithPast(loss=loss)
+    return ChunkedOutput(
+        loss=loss,
+        num_correct_tokens=top.sum(),
+        entropy_sum=entropy.detach().float().sum(),
+        num_valid_tokens=torch.tensor(len(top), device=top.device),
     )
 
 

@@ -1,11 +1,17 @@
-"""TRL beyond its top-level names: the fused head that its trainers put on a model, and what they read of the output."""
+"""TRL beyond its top-level names: the heads that its trainers put on a model, and what they read of the output.
+
+From 1.16 on that is a fused head, asked for by `fused_lm_head=True`. Before, SFTTrainer put a loss in chunks in the
+place of the model's forward, and asked for nothing.
+"""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _SETTINGS = {"temperature", "outputs", "cast_lm_head_to_fp32", "logit_scale", "final_logit_softcapping"} | {
     "backbone_attr",
@@ -31,6 +37,21 @@ def fused_output(**fields: Tensor) -> Any:
     from trl.trainer.utils import FusedCausalLMOutput
 
     return FusedCausalLMOutput(**fields)
+
+
+@dataclass
+class ChunkedOutput(CausalLMOutputWithPast):
+    """What SFTTrainer reads of a model that has its loss in chunks: the loss, and sums over the labels that count."""
+
+    num_correct_tokens: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def has_chunked_loss(model: nn.Module) -> bool:
+    """Return whether SFTTrainer, before 1.16, has put its loss in chunks on a model: it then reads `ChunkedOutput`."""
+    return getattr(getattr(model.forward, "__func__", None), "__name__", "") == "_chunked_ce_forward"
 
 
 def put_fused_head(model: nn.Module, **settings: Any) -> None:
