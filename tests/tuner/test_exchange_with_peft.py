@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tests.tuner.exchange import CASES, FIELDS, our_config, ours, stock
 from tests.extras import SCIPY
+from tests.tuner.exchange import CASES, FIELDS, our_config, ours, stock
 from tests.tuner.tiny_models import adapted, build, gradients, llama, logits, move, same, tokens
 
 import loraplex
