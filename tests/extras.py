@@ -10,6 +10,7 @@ TRL = pytest.mark.skipif(find_spec("trl") is None, reason=NEEDS_TRL)
 SKLEARN = pytest.mark.skipif(
     find_spec("sklearn") is None, reason="scikit-learn is not installed: pip install 'loraplex[analysis]'"
 )
+SCIPY = pytest.mark.skipif(find_spec("scipy") is None, reason="scipy is not installed, which PEFT's LoftQ asks for")
 
 
 def without_fused_head() -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tests.extras import SCIPY
 from tests.tuner.exchange import CASES, FIELDS, our_config, ours, stock
 from tests.tuner.tiny_models import adapted, build, gradients, llama, logits, move, same, tokens
 
@@ -124,7 +125,9 @@ def plain_key(key: str) -> str:
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"init_lora_weights": "corda"}, "init_lora_weights"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights"),
+        pytest.param(
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights", marks=SCIPY
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
