@@ -1,9 +1,11 @@
 """What needs no extra works without any, and what needs one says so in one line with the command that mends it."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from loraplex.analysis.texts import text_points
 from tests.bare import PYPROJECT, pretend_installed, run_bare
 
 from loraplex import extras
@@ -66,6 +68,22 @@ def test_tasks_and_hub_data_sets_say_what_they_need(tmp_path: Path, monkeypatch:
         read_builtin("syllogism", "train", 3, 0)
     with pytest.raises(UserError, match=r"'owner/name' needs no-data, .* pip install 'loraplex\[train\]'"):
         read_rows("owner/name", DataOptions(), "train")
+
+
+def test_heads_left_to_the_rows_say_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"the {word} sat" for word in ("cat", "dog", "mouse", "horse")]
+    # What else of the extra is missing does not matter.
+    monkeypatch.syspath_prepend(pretend_installed(tmp_path, "no-curves; extra == 'analysis'"))
+    text_points(texts)
+    (tmp_path / "loraplex-9.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.4\nName: loraplex\nVersion: 9\nRequires-Dist: scikit-learn; extra == 'analysis'\n"
+    )
+    # The metadata of scikit-learn are on none of these paths.
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(
+        UserError, match=r"to group prompts .* needs scikit-learn, .* pip install 'loraplex\[analysis\]'"
+    ):
+        text_points(texts)
 
 
 def test_the_extras_of_the_commands_are_those_of_the_package() -> None:

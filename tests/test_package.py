@@ -19,17 +19,22 @@ def test_the_public_names() -> None:
         "Adapter",
         "AdapterConfig",
         "Add",
+        "DoRA",
         "EchoLoRA",
         "HeteroLoRA",
+        "HydraLoRA",
         "LoRA",
+        "LoRAXS",
         "Magnitude",
+        "PRoLoRA",
+        "TiedLoRA",
         "UserError",
         "__version__",
-        "start_allocation",
         "load_adapter",
         "load_model",
         "load_tokenizer",
         "print_trainable_parameters",
+        "start_allocation",
     ]
 
 

@@ -14,15 +14,17 @@ from loraplex.errors import UserError
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w.,-]+)\])?[^;]*;.*\bextra\s*==\s*['"]([\w.-]+)['"]""")
 
 
-def require(what: str, *extras: str) -> None:
-    """Refuse `what` when a package of these extras is not installed.
+def require(what: str, *extras: str, only: str | None = None) -> None:
+    """Refuse `what` when a package of these extras is not installed, or, where `only` names one, when that is not.
 
     A loraplex that is not installed itself, but imported from its source, is let through.
 
     Raises:
         UserError: in one line, with the packages and the command that installs them.
     """
-    missing = {extra: absent for extra in extras if (absent := list(_missing(extra)))}
+    missing = {
+        extra: absent for extra in extras if (absent := [name for name in _missing(extra) if only in (None, name)])
+    }
     if missing:
         *others, last = dict.fromkeys(name for absent in missing.values() for name in absent)
         names = f"{', '.join(others)} and {last}, which are" if others else f"{last}, which is"

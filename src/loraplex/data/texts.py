@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loraplex.errors import UserError
+from loraplex.extras import require
 
 # Words and directions that are kept. The paper names neither; these are usual sizes for instructions.
 MOST_WORDS = 10_000
@@ -59,8 +60,10 @@ def text_points(texts: Sequence[str], *, most_texts: int = MOST_TEXTS, seed: int
     to the prompt's template. The points are the first `DIRECTIONS` coordinates of its SVD, scaled to length 1 again.
 
     Raises:
-        UserError: when fewer than three texts, or fewer than three different words, are left.
+        UserError: when fewer than three texts, or fewer than three different words, are left, or scikit-learn is not
+            installed.
     """
+    require("to group prompts by their words", "analysis", only="scikit-learn")
     chosen = list(range(len(texts)))
     if len(texts) > most_texts:
         chosen = sorted(random.Random(seed).sample(chosen, most_texts))
