@@ -81,7 +81,7 @@ def test_peft_loads_our_own_type_once_loraplex_is_used_and_refuses_it_before(
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    config = loraplex.AdapterConfig(adapter="lora-xs", r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = loraplex.AdapterConfig(adapter="prolora", r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(str(tmp_path))
     command = [sys.executable, "-c", f"{first}\n{OWN_FOLDER}", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
