@@ -40,10 +40,11 @@ def in_float64(base):
     """Norms that compute in the type of their input: transformers' round to float32, which hides the tenth digit."""
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return x if getattr(self, "weight", None) is None else self.weight * x
 
     for module in base.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(forward, module)
 
 

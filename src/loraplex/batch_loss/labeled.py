@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.batch_loss.packing import Packed, pack
+from loraplex.compat.torch import number_of_hooks
 from loraplex.kernels.label_head import label_log_probs
 from loraplex.models.modes import evaluation_mode
 
@@ -80,9 +81,12 @@ def first_look(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def frozen_head(model: nn.Module) -> nn.Linear | None:
-    """Return the model's head where it is a linear map that nothing trains, None for any other."""
+    """Return the model's head where it is a linear map that nothing trains and nobody has a hook on, else None."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    # a product with its weight alone would pass hooks by
+    if number_of_hooks(head):
         return None
     return head
 

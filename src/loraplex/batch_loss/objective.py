@@ -89,8 +89,8 @@ def _backbone_and_head(model: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Mod
     linear = frozen_head(model)
     if linear is None:
         raise UserError(
-            f"an objective needs a language-model head that is linear and frozen, which {type(model).__name__}'s is "
-            f"not: leave it out of modules_to_save and the targets, {_REMEDY}"
+            f"an objective needs a language-model head that is linear, frozen and without hooks, which "
+            f"{type(model).__name__}'s is not: leave it out of modules_to_save and the targets, {_REMEDY}"
         )
     if trl.enabled(kwargs):
         settings = trl.settings_of(model)
