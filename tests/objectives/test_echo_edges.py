@@ -104,7 +104,7 @@ def test_what_the_batch_or_the_model_lacks_is_named():
     refused("has a loss function of its own, <lambda>", lambda: model(**batch))
     model = fresh(options())
     model.get_base_model().lm_head.weight.requires_grad_()
-    refused("head that is linear and frozen", lambda: model(**batch))
+    refused("head that is linear, frozen and without hooks", lambda: model(**batch))
 
 
 def test_two_active_adapters_and_one_that_is_off_are_refused():

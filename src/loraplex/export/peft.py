@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from loraplex.adapters.registry import SaveFormat
 from loraplex.errors import UserError
 from loraplex.export.base_lines import base_lines
 from loraplex.export.pairs import SitePair, plain_form, write_plain_form
@@ -23,7 +24,8 @@ def write(model: PeftModel, folder: Path, how: WriteOptions) -> list[str]:
     """Write every pair with its own rank, alpha = r everywhere."""
     form = plain_form(model)
     write_plain_form(folder, form, module_names(model.get_base_model()), how.dtype, resolve_model(how.base))
-    return [f"plain PEFT {'DoRA' if form.config.use_dora else 'LoRA'}, {ranks_in_words(form.pairs)}"]
+    kind = SaveFormat.DORA if form.config.use_dora else SaveFormat.LORA
+    return [f"{kind.value}, {ranks_in_words(form.pairs)}"]
 
 
 def ranks_in_words(pairs: dict[str, SitePair]) -> str:
