@@ -131,7 +131,6 @@ def _styles(colors: Colors) -> dict[str, dict[str, Any]]:
     return {
         "name": {"color": colors.ink, "fontSize": 13, "fontWeight": 600},
         "number": {"color": colors.muted, "fontSize": 12},
-        "halo": {"color": colors.background, "stroke": colors.background, "strokeWidth": 4, "fontSize": 12},
         "label": {"color": colors.ink, "fontSize": 12},
         "front": {"color": colors.front, "strokeWidth": 1.5, "strokeDash": [5, 4]},
         "ring": {"color": colors.ink, "strokeWidth": 1.5},

@@ -15,7 +15,19 @@ from loraplex.cli.arguments import Parser
 from loraplex.cli.main import COMMANDS, Command, main
 from loraplex.errors import UserError
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "matplotlib", "rich", "pydantic", "sklearn", "scipy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "altair",
+    "vl_convert",
+    "rich",
+    "pydantic",
+    "sklearn",
+    "scipy",
+)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -82,7 +82,8 @@ def run(arguments: Namespace) -> None:
 
 def _compare(adapters: Sequence[str], model: str | None, file: Path, kinds: Sequence[str], as_json: bool) -> None:
     """Draw the map of A and B, and print how far they lie apart."""
-    from loraplex.analysis.factor_map import FORMS, check_lengths, draw_vectors, read_vectors, separations
+    from loraplex.analysis.factor_map import check_lengths, draw_vectors, read_vectors, separations
+    from loraplex.plots import FORMS
 
     if file.suffix not in FORMS:
         raise UserError(f"--tsne '{file}': the picture is a file that ends in {', '.join(FORMS)}")
