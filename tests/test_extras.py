@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from loraplex.analysis.texts import text_points
 from tests.bare import PYPROJECT, pretend_installed, run_bare
 
 from loraplex import extras
@@ -13,6 +12,7 @@ from loraplex.cli.main import COMMANDS, main
 from loraplex.data.builtin import read_builtin
 from loraplex.data.options import DataOptions
 from loraplex.data.sources import read_rows
+from loraplex.data.texts import text_points
 from loraplex.errors import UserError
 
 LORAPLEX = (
