@@ -18,6 +18,7 @@ from tests.objectives.echoing import (
 from tests.reference import echo as oracle
 from tests.tuner.tiny_models import gpt2
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.models.llama import modeling_llama
 
 from loraplex.objectives.echo_networks import EchoNetworks
 from loraplex.seeds import seeded
@@ -66,6 +67,20 @@ def test_every_option(adapter, change):
     model = echoing(options(**change), adapter=adapter)
     given = rows()
     compare(model, padded(given), given, boundaries=tuple(change.get("sources", BOUNDARIES)))
+
+
+@pytest.fixture(autouse=True)
+def attention_in_float64(monkeypatch):
+    """transformers' eager attention takes its softmax in float32, which hides the tenth digit on some processors."""
+
+    def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        weights = query @ key.mT * scaling
+        weights = (weights if attention_mask is None else weights + attention_mask).softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", attend)
 
 
 BOTH = pytest.mark.parametrize(("second_pass", "exact"), [("full", 1e-10), ("auto", 1e-7)], ids=["full", "auto"])
