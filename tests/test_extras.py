@@ -105,7 +105,7 @@ CORE = """
 import sys
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
-from loraplex import ALoRA, AdapterConfig, Echo, Hetero, load_adapter, load_model, print_trainable_parameters
+from loraplex import ALoRA, AdapterConfig, EchoLoRA, HeteroLoRA, load_adapter, load_model, print_trainable_parameters
 from loraplex.cli.main import main
 
 base = sys.argv[1]

@@ -61,7 +61,7 @@ def test_a_plan_of_ones_own_is_shown_and_trained(tiny_recipe: Path, capsys: pyte
     assert Plan.load(folder / "plan.json").ranks == adapted
     # the run knows the ranks themselves, wherever the file goes
     path.unlink()
-    assert read_recipe(folder / "recipe.yaml").adapter["allocation"] == {"name": "uniform", "plan": ranks}
+    assert read_recipe(folder / "recipe.yaml").adapter.to_dict()["allocation"] == {"name": "uniform", "plan": ranks}
     assert json.loads((folder / "metrics.json").read_text())["parameters"]["deployed"] == shown["trainable"]
 
 

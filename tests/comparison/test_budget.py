@@ -25,7 +25,7 @@ def recipe(tiny_recipe: Path) -> Recipe:
 
 
 def arm(recipe: Recipe, **adapter: Any) -> Recipe:
-    return dataclasses.replace(recipe, adapter={**recipe.adapter, **adapter})
+    return dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, **adapter))
 
 
 @pytest.mark.parametrize("adapter", [{"adapter": "lora"}, {"adapter": "dora"}])
@@ -49,7 +49,7 @@ def test_stock_lora_gets_the_same_ranks(recipe: Recipe) -> None:
     stock = dataclasses.replace(recipe, adapter={}, peft={"peft_type": "LORA", "lora_alpha": 16})
     ours, theirs = solve(recipe, 5000, counter), solve(stock, 5000, counter)
     assert ours.trainable == theirs.trainable
-    assert theirs.recipe.peft["rank_pattern"] == ours.recipe.adapter["rank_pattern"]
+    assert theirs.recipe.peft["rank_pattern"] == ours.recipe.adapter.rank_pattern
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_cannot_spend_the_budget_says_so(recipe: Recipe) -> None:
     vera = dataclasses.replace(recipe, adapter={}, peft={"peft_type": "VERA", "target_modules": ["q_proj"]})
     assert not solve(vera, 50_000, counter).within_budget
     # Beyond rank 32 of the narrowest site.
-    assert solve(recipe, 500_000, counter).recipe.adapter["r"] == 32
+    assert solve(recipe, 500_000, counter).recipe.adapter.r == 32
     named = dataclasses.replace(recipe, adapter={}, peft={"peft_type": "LORA", "r": 1})
     solved = solve(named, 50_000, counter)
     assert (solved.within_budget, solved.recipe) == (False, named)
@@ -169,7 +169,7 @@ def test_other_budgets_are_refused(text: str) -> None:
 
 def test_match_names_an_adapter(recipe: Recipe) -> None:
     config = adapter_config(parse_match("dora r=5 lora_alpha=7", recipe))
-    assert (config.adapter, config.r, config.lora_alpha) == ("dora", 5, 7)
+    assert (config.adapter.name, config.r, config.lora_alpha) == ("dora", 5, 7)
     for text, message in (("lorra r=3", "Did you mean 'lora'"), ("lora 3", "such as 'lora r=16'")):
         with pytest.raises(UserError, match=message):
             parse_match(text, recipe)

@@ -77,11 +77,11 @@ def test_the_published_values_of_heterolora() -> None:
     opt, llama = recipe("hetero-opt-350m"), recipe("hetero-llama2-7b")
     assert (opt.model.name, llama.model.name) == ("facebook/opt-350m", "meta-llama/Llama-2-7b-hf")
     for read, share, every in ((opt, 0.25, 0.2), (llama, 0.33, 0.25)):
-        assert read.adapter["target_modules"] == ["q_proj", "v_proj"]
+        assert read.adapter.target_modules == {"q_proj", "v_proj"}
         allocation = adapter_config(read).allocation
         assert allocation == HeteroLoRA(share=share, interval=every)
         assert (allocation.proxy, allocation.unit, allocation.batches) == ("grad_norm", "modules", 32)
-    assert [(read.adapter["r"], read.adapter["lora_alpha"]) for read in (opt, llama)] == [(8, 16), (64, 16)]
+    assert [(read.adapter.r, read.adapter.lora_alpha) for read in (opt, llama)] == [(8, 16), (64, 16)]
     for read, rate in ((opt, 2e-4), (llama, 2e-5)):
         training = read.training
         assert (training.learning_rate, training.schedule, training.weight_decay) == (rate, "cosine", 0.01)
@@ -93,7 +93,7 @@ def test_the_published_values_of_alora() -> None:
     allocation = adapter_config(read).allocation
     assert allocation == ALoRA(rounds=8, ranks_per_round=7, warmup_epochs=1.0, interval_epochs=0.25, batches=2)
     assert allocation.batches * read.training.batch_size == 32
-    assert (read.adapter["r"], len(read.adapter["target_modules"])) == (8, 7)
+    assert (read.adapter.r, len(read.adapter.target_modules)) == (8, 7)
     training = read.training
     assert (training.learning_rate, training.schedule, training.warmup) == (1e-4, "linear", 0.06)
     assert (training.epochs, training.max_length, training.eval_every) == (10, 2048, 200)

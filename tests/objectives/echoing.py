@@ -1,7 +1,5 @@
 """What the tests of the objective share: a small model with an echo, rows of different lengths, and their batches."""
 
-from types import MethodType
-
 import torch
 from peft import get_peft_model
 from tests.tuner.tiny_models import VOCABULARY, config, llama, move
@@ -36,16 +34,23 @@ def echoing(objective=None, *, base=None, dtype=torch.float64, moved=True, **fie
     return model.train()
 
 
-def in_float64(base):
-    """Norms that compute in the type of their input: transformers' round to float32, which hides the tenth digit."""
+class Float64Norm(torch.nn.Module):
+    """A norm that computes in the type of its input: transformers' round to float32, which hides the tenth digit."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.variance_epsilon = getattr(norm, "weight", None), norm.variance_epsilon
 
     def forward(self, x):
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return x if getattr(self, "weight", None) is None else self.weight * x
+        return x if self.weight is None else self.weight * x
 
-    for module in base.modules():
+
+def in_float64(base):
+    """Put norms in float64 in the place of those that round."""
+    for name, module in list(base.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
+            base.set_submodule(name, Float64Norm(module))
 
 
 def objective_of(model):

@@ -152,7 +152,7 @@ def test_an_allocation_drives_itself_and_its_ranks_are_saved(pairs_recipe: Path,
         "batches": 2,
     }
     recipe = read_recipe(pairs_recipe)
-    result = train(dataclasses.replace(recipe, adapter={**recipe.adapter, "allocation": allocation}))
+    result = train(dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, allocation=allocation)))
     decisions = result.metrics["allocation"]
     assert [decision["step"] for decision in decisions] == [0, 3, 6]
     assert all(0 < decision["spent"] <= decision["budget"]["amount"] for decision in decisions)

@@ -19,9 +19,9 @@ ECHO = {"name": "echo", "targets": [0], "sources": [2], "probability": 0.5, "sec
 
 def with_objective(path: Path, output: str, objective: object = None, **training: object) -> Recipe:
     recipe = read_recipe(path)
-    section = {**recipe.adapter, **({} if objective is None else {"objective": objective})}
+    changed = {} if objective is None else {"objective": objective}
     return dataclasses.replace(
-        recipe, output=str(path.parent / output), adapter=section,
+        recipe, output=str(path.parent / output), adapter=dataclasses.replace(recipe.adapter, **changed),
         training=dataclasses.replace(recipe.training, **training),
     )  # fmt: skip
 
@@ -68,4 +68,4 @@ def test_a_plan_knows_of_the_passes(tiny_recipe: Path) -> None:
     found = [estimate(recipe, rows) for recipe in (plain, echo)]
     assert found[1].memory.activations > 1.5 * found[0].memory.activations
     assert found[0].trainable < found[1].trainable
-    assert resolve(echo).adapter["objective"] == {**ECHO, "probability": 1.0}
+    assert resolve(echo).adapter.to_dict()["objective"] == {**ECHO, "probability": 1.0}

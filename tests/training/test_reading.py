@@ -113,7 +113,7 @@ def test_a_whole_section_may_be_overridden(recipe: Path) -> None:
     read = read_recipe(recipe, ["--model", "{name: gpt2, dtype: float32}", "--adapter", "{name: hydra, heads: 2}"])
     assert (read.model.name, read.model.dtype) == ("gpt2", "float32")
     # no key of the section is called so: it is what `adapter: VALUE` means
-    assert read.adapter["adapter"] == {"name": "hydra", "heads": 2}
+    assert read.adapter.to_dict()["adapter"] == {"name": "hydra", "heads": 2}
 
 
 def test_a_pattern_with_dots_is_one_key(recipe: Path) -> None:

@@ -67,8 +67,8 @@ def test_a_run_decides_says_and_keeps_it(recipe: Path, tiny_model: Path) -> None
     number = len(prompts(recipe))
     assert said["decided"] == f"prompts: {number}"
     written = read_recipe(result.folder / "recipe.yaml")
-    assert written.adapter["adapter"] == {"factors": "counting", "combine": "add", "prompts": number}
-    assert written.adapter["r"] == 2
+    assert written.adapter.to_dict()["adapter"] == {"factors": "counting", "combine": "add", "prompts": number}
+    assert written.adapter.r == 2
     assert json.loads((result.folder / "decided.json").read_text()) == [{"prompts": number, "seed": 0}]
 
 
@@ -129,8 +129,8 @@ def test_every_arm_of_a_comparison_is_decided_before_it_is_counted(recipe: Path)
     arms = _resolved(sweep).arms
     number = len(prompts(recipe))
     assert said == [("decided", f"open: prompts: {number}")]
-    assert arms["open"].adapter["adapter"] == {"factors": "counting", "combine": "add", "prompts": number}
-    assert arms["plain"].adapter["adapter"] == "lora"
+    assert arms["open"].adapter.to_dict()["adapter"] == {"factors": "counting", "combine": "add", "prompts": number}
+    assert arms["plain"].adapter.to_dict()["adapter"] == "lora"
 
 
 def test_without_rows_it_stays_open_and_says_so(tiny_model: Path) -> None:
