@@ -1,6 +1,7 @@
 """LoRA+: B learns at a multiple of A's rate under trainers that know nothing of it, or training stops."""
 
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,9 @@ def loop(tensors: PeftModel, optimizer: torch.optim.Optimizer, first: int, last:
         optimizer.step()
 
 
+NEEDS = pytest.mark.skipif(find_spec("schedulefree") is None, reason="schedulefree is not installed")
+
+
 def schedule_free(groups: Any, **settings: Any) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
@@ -205,7 +209,9 @@ def schedule_free(groups: Any, **settings: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, schedule_free], ids=["adamw", "schedule-free"])
+@pytest.mark.parametrize(
+    "make", [pytest.param(torch.optim.AdamW, id="adamw"), pytest.param(schedule_free, id="schedule-free", marks=NEEDS)]
+)
 @pytest.mark.parametrize("resumed", [False, True])
 def test_what_an_optimizer_keeps_in_its_groups_is_each_parts_own(make: Any, resumed: bool) -> None:
     """Schedule-free optimizers sum weights that follow from the rate: two groups are the definition, bit for bit."""

@@ -32,17 +32,17 @@ def embedded_model_dir() -> Path:
 def _write(source: Path, folder: Path) -> None:
     """Write model and tokenizer of the GGUF file in `source` into `folder`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from loraplex.models.quiet import quiet
 
-    # Left in GGUF blocks, the model could not be saved.
-    dequantized = GgufConfig(dequantize=True)
+    # Left in GGUF blocks, the model could not be saved. Older versions always take them apart, and have no such config.
+    config = getattr(transformers, "GgufConfig", None)
+    dequantized = {} if config is None else {"quantization_config": config(dequantize=True)}
     # The progress bar of the conversion asks no setting whether it is wanted.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF_NAME, quantization_config=dequantized, dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, **dequantized)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
         tokenizer.model_max_length = CONTEXT_LENGTH
         model.save_pretrained(folder)
