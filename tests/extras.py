@@ -4,11 +4,16 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
+import transformers
 
 NEEDS_TRL = "TRL is not installed: pip install 'loraplex[train]'"
 TRL = pytest.mark.skipif(find_spec("trl") is None, reason=NEEDS_TRL)
 SKLEARN = pytest.mark.skipif(
     find_spec("sklearn") is None, reason="scikit-learn is not installed: pip install 'loraplex[analysis]'"
+)
+EMBEDDED = pytest.mark.skipif(
+    not hasattr(transformers, "GgufConfig") and find_spec("gguf") is None,
+    reason="this transformers reads the embedded model with the package gguf, which is not installed",
 )
 SCIPY = pytest.mark.skipif(find_spec("scipy") is None, reason="scipy is not installed, which PEFT's LoftQ asks for")
 

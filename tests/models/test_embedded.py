@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.extras import EMBEDDED
 from tests.warm_python import WarmPython
 
 from loraplex.cache import cache_dir
@@ -37,6 +38,7 @@ def test_cache_dir_is_the_environment_variable_or_the_users_own(
     assert "loraplex" in cache_dir().parts
 
 
+@EMBEDDED
 def test_the_embedded_model_answers_in_its_chat_template() -> None:
     tokenizer, model = load_tokenizer("embedded"), load_model("embedded")
     inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -48,6 +50,7 @@ def test_the_embedded_model_answers_in_its_chat_template() -> None:
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
+@EMBEDDED
 def test_padding_is_the_end_token_and_digits_stand_alone() -> None:
     tokenizer = load_tokenizer("embedded")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2

