@@ -43,8 +43,8 @@ def _write(source: Path, folder: Path) -> None:
     config = getattr(transformers, "GgufConfig", None)
     if config is None and importlib.util.find_spec("gguf") is None:
         raise UserError(
-            f"transformers {transformers.__version__} needs the package gguf to read the embedded model: pip install gguf, "
-            "once; the converted model does without"
+            f"transformers {transformers.__version__} needs the package gguf to read the embedded model: pip install "
+            "gguf (once; the converted model does without)"
         )
     dequantized = {} if config is None else {"quantization_config": config(dequantize=True)}
     # The progress bar of the conversion asks no setting whether it is wanted.
