@@ -46,7 +46,7 @@ def test_the_budget_is_met_and_never_exceeded(recipe: Recipe, adapter: dict[str,
 
 def test_stock_lora_gets_the_same_ranks(recipe: Recipe) -> None:
     counter = Counter(recipe)
-    stock = dataclasses.replace(recipe, adapter={}, peft={"peft_type": "LORA", "lora_alpha": 16})
+    stock = dataclasses.replace(recipe, adapter=None, peft={"peft_type": "LORA", "lora_alpha": 16})
     ours, theirs = solve(recipe, 5000, counter), solve(stock, 5000, counter)
     assert ours.trainable == theirs.trainable
     assert theirs.recipe.peft["rank_pattern"] == ours.recipe.adapter.rank_pattern
@@ -88,7 +88,7 @@ def test_a_plan_keeps_its_ranks_whatever_the_budget(recipe: Recipe) -> None:
 
 
 def stock_adalora(recipe: Recipe, **section: Any) -> Recipe:
-    return dataclasses.replace(recipe, adapter={}, peft={"peft_type": "ADALORA", "total_step": 50, **section})
+    return dataclasses.replace(recipe, adapter=None, peft={"peft_type": "ADALORA", "total_step": 50, **section})
 
 
 def test_adalora_is_solved_for_the_ranks_that_it_ends_with(recipe: Recipe) -> None:
@@ -130,11 +130,11 @@ def test_what_an_allocation_has_left_decides_whether_it_kept_to_the_budget(recip
 def test_what_cannot_spend_the_budget_says_so(recipe: Recipe) -> None:
     counter = Counter(recipe)
     assert not solve(recipe, 100, counter).within_budget
-    vera = dataclasses.replace(recipe, adapter={}, peft={"peft_type": "VERA", "target_modules": ["q_proj"]})
+    vera = dataclasses.replace(recipe, adapter=None, peft={"peft_type": "VERA", "target_modules": ["q_proj"]})
     assert not solve(vera, 50_000, counter).within_budget
     # Beyond rank 32 of the narrowest site.
     assert solve(recipe, 500_000, counter).recipe.adapter.r == 32
-    named = dataclasses.replace(recipe, adapter={}, peft={"peft_type": "LORA", "r": 1})
+    named = dataclasses.replace(recipe, adapter=None, peft={"peft_type": "LORA", "r": 1})
     solved = solve(named, 50_000, counter)
     assert (solved.within_budget, solved.recipe) == (False, named)
     assert fixed(recipe, None, counter).within_budget

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex import ALoRA, HeteroLoRA
+from loraplex import AdapterConfig, ALoRA, HeteroLoRA, HydraLoRA
 from loraplex.data import Example, read_examples
 from loraplex.data.sources import benchmark_root
 from loraplex.training.preparation import adapter_config
@@ -51,13 +51,13 @@ def test_the_published_values_of_hydralora() -> None:
     read = recipe("hydra-llama2-7b")
     training = read.training
     assert read.model.name == "meta-llama/Llama-2-7b-hf"
-    assert read.adapter == {
-        "adapter": {"name": "hydra", "heads": 4},
-        "r": 4,
-        "lora_alpha": 32,
-        "target_modules": ["gate_proj", "up_proj", "down_proj"],
-        "lora_dropout": 0.05,
-    }
+    assert read.adapter == AdapterConfig(
+        adapter=HydraLoRA(heads=4),
+        r=4,
+        lora_alpha=32,
+        target_modules=["gate_proj", "up_proj", "down_proj"],
+        lora_dropout=0.05,
+    )
     assert (training.learning_rate, training.schedule, training.warmup, training.weight_decay) == (
         2e-4,
         "cosine",

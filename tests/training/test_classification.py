@@ -164,7 +164,7 @@ def test_an_allocation_drives_itself_and_its_ranks_are_saved(pairs_recipe: Path,
 
 def test_stock_adalora_moves_its_ranks_and_trains_the_head(pairs_recipe: Path, tiny_encoder: Path) -> None:
     section = {"peft_type": "ADALORA", "init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 1, "deltaT": 1}
-    result = train(dataclasses.replace(read_recipe(pairs_recipe), adapter={}, peft=section))
+    result = train(dataclasses.replace(read_recipe(pairs_recipe), adapter=None, peft=section))
     base = AutoModelForSequenceClassification.from_pretrained(tiny_encoder)
     pattern = PeftModel.from_pretrained(base, str(result.adapter)).peft_config["default"].rank_pattern
     # one rank a site on average

@@ -78,7 +78,7 @@ def test_memory_grows_with_what_it_is_made_of(tiny_recipe: Path) -> None:
 
 
 def test_steps_and_tokens_follow_the_recipe(tiny_recipe: Path) -> None:
-    recipe = read_recipe(tiny_recipe, ["--batch-size", "4", "--gradient-accumulation", "2"])
+    recipe = read_recipe(tiny_recipe, ["--training.batch-size", "4", "--gradient-accumulation", "2"])
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=None, epochs=3.0))
     batches = plan_batches(recipe, [10, 20, 30] * 7, padded=True)
     # 21 rows: 6 passes an epoch, 3 steps

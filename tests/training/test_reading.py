@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loraplex import AdapterConfig
 from loraplex.cli.main import main
 from loraplex.comparison.comparison_recipe import read_comparison
 from loraplex.errors import UserError
@@ -73,7 +74,8 @@ def test_a_recipe_that_is_wrong(text: str, expected: str, tmp_path: Path, capsys
     [
         (["--training.batch-siz", "4"], "unknown key '--training.batch_siz'. Did you mean 'training.batch_size'?"),
         (["--batch-siz=4"], "unknown key '--batch_siz'. Did you mean 'training.batch_size'?"),
-        (["--batch-size", "four"], "--training.batch_size is 'four', expected a valid integer"),
+        (["--batch-size", "4"], "--batch_size is ambiguous: write --training.batch_size or --evaluation.batch_size"),
+        (["--max-length", "four"], "--training.max_length is 'four', expected a valid integer"),
         (["--batch_size"], "--batch_size needs a value: --batch_size VALUE"),
         (["--batch_size", "--seed", "1"], "--batch_size needs a value"),
         (["--batch_size", "[1"], "--batch_size: not valid YAML"),
@@ -103,7 +105,7 @@ def test_a_short_key_that_two_sections_have_is_refused() -> None:
 def test_overrides_win_and_may_be_short(recipe: Path) -> None:
     overrides = ["--adapter", "dora", "--r=4", "--model", "gpt2", "--data", "other.jsonl", "--learning-rate", "3e-4"]
     read = read_recipe(recipe, [*overrides, "--training.trainer_args.adam_beta2", "0.99", "--seed", "7"])
-    assert read.adapter == {"adapter": "dora", "r": 4}
+    assert read.adapter == AdapterConfig(adapter="dora", r=4)
     assert (read.model.name, read.data.train, read.seed) == ("gpt2", "other.jsonl", 7)
     assert read.training.learning_rate == 3e-4
     assert read.training.trainer_args == {"adam_beta2": 0.99}
@@ -118,7 +120,7 @@ def test_a_whole_section_may_be_overridden(recipe: Path) -> None:
 
 def test_a_pattern_with_dots_is_one_key(recipe: Path) -> None:
     read = read_recipe(recipe, ["--adapter.rank_pattern.layers.0.q_proj", "3", "--adapter.rank_pattern.v_proj", "2"])
-    assert read.adapter == {"rank_pattern": {"layers.0.q_proj": 3, "v_proj": 2}}
+    assert read.adapter == AdapterConfig(rank_pattern={"layers.0.q_proj": 3, "v_proj": 2})
 
 
 def test_a_value_may_be_a_list_or_negative(recipe: Path) -> None:
@@ -128,7 +130,7 @@ def test_a_value_may_be_a_list_or_negative(recipe: Path) -> None:
 
 def test_some_sections_may_be_one_value() -> None:
     read = recipe_from_mapping({"output": "run", "model": "gpt2", "adapter": "dora", "data": "rows.jsonl"})
-    assert (read.model.name, read.adapter, read.data.train) == ("gpt2", {"adapter": "dora"}, "rows.jsonl")
+    assert (read.model.name, read.adapter, read.data.train) == ("gpt2", AdapterConfig(adapter="dora"), "rows.jsonl")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from loraplex.adapters.registry import REGISTRY, Axis
 from loraplex.cli.main import main
 from loraplex.comparison.compare import _resolved, _Sweep
 from loraplex.comparison.comparison_recipe import read_comparison
+from loraplex.comparison.workers import Workers
 from loraplex.errors import UserError
 from loraplex.training import preparation
 from loraplex.training.reading import read_recipe
@@ -106,7 +107,7 @@ def test_nothing_is_read_where_nothing_is_open(recipe: Path, monkeypatch: pytest
     for adapter in ("lora", "{factors: counting, prompts: 3}"):
         loaded = read_recipe(recipe, ["--adapter", adapter])
         assert preparation.resolve_from_data(loaded) == (loaded, [])
-    stock = dataclasses.replace(loaded, adapter={}, peft={"peft_type": "LORA"})
+    stock = dataclasses.replace(loaded, adapter=None, peft={"peft_type": "LORA"})
     assert preparation.resolve_from_data(stock) == (stock, [])
 
 
@@ -125,7 +126,7 @@ def test_every_arm_of_a_comparison_is_decided_before_it_is_counted(recipe: Path)
         text + "seeds: [0]\narms: {plain: lora, open: {adapter: {adapter: {factors: counting, prompts: auto}}}}\n"
     )
     said: list[tuple[str, str]] = []
-    sweep = _Sweep(read_comparison(recipe), lambda topic, words: said.append((topic, words)), False)
+    sweep = _Sweep(read_comparison(recipe), lambda topic, words: said.append((topic, words)), False, Workers())
     arms = _resolved(sweep).arms
     number = len(prompts(recipe))
     assert said == [("decided", f"open: prompts: {number}")]

@@ -21,7 +21,7 @@ from loraplex.training.stock import stock_config
 
 def with_peft(path: Path, **section: object) -> Recipe:
     recipe = read_recipe(path)
-    return dataclasses.replace(recipe, adapter={}, peft=section)
+    return dataclasses.replace(recipe, adapter=None, peft=section)
 
 
 @pytest.mark.parametrize("kind", ["LORA", "VERA", "MISS", "IA3"])
