@@ -175,6 +175,6 @@ def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(
 def test_a_wrong_recipe_ends_with_status_one_in_a_process_of_its_own(
     tiny_recipe: Path, warm_python: WarmPython
 ) -> None:
-    done = warm_python.run("-m", "loraplex", "train", str(tiny_recipe), "--max-length", "none of it")
+    done = warm_python.run("-m", "loraplex", "train", str(tiny_recipe), "--training.batch-size", "none of it")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: --training.batch_size is 'none of it', expected a valid integer.\n"
