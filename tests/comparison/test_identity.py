@@ -11,6 +11,7 @@ import pytest
 from tests.warm_python import WarmPython
 
 import loraplex
+from loraplex import AdapterConfig
 from loraplex.comparison import identity
 from loraplex.comparison.identity import Identifier, Identity, deciding_source
 from loraplex.comparison.jobs import Job, Kind, make_job, why_again
@@ -207,7 +208,7 @@ def test_a_job_imports_no_source_that_does_not_count(warm_python: WarmPython) ->
             "seed was 0 and is 4 now and training.learning_rate was 0.01 and is 0.5 now",
         ),
         (
-            lambda recipe: replace(other_rate(recipe), seed=4, peft={}, adapter={"adapter": "dora", "r": 3}),
+            lambda recipe: replace(other_rate(recipe), seed=4, peft={}, adapter=AdapterConfig(adapter="dora", r=3)),
             "adapter.adapter was 'lora' and is 'dora' now, and 4 more",
         ),
     ],
@@ -221,7 +222,7 @@ def test_a_changed_recipe_says_its_keys(
 
 
 def test_the_nearest_earlier_result_gives_the_reason(recipe: Recipe, tmp_path: Path) -> None:
-    finished(replace(recipe, seed=7, adapter={"adapter": "dora"}), tmp_path)
+    finished(replace(recipe, seed=7, adapter=AdapterConfig(adapter="dora")), tmp_path)
     finished(recipe, tmp_path)
     assert why_again(job(other_rate(recipe), tmp_path)) == "training.learning_rate was 0.01 and is 0.5 now"
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from loraplex import AdapterConfig
 from loraplex.models.loading import load_tokenizer
 from loraplex.training.estimate import Estimate, estimate, plan_batches
 from loraplex.training.preparation import add_adapter, build_trainer, read_rows
@@ -44,7 +45,7 @@ def test_what_two_blocks_keep_tells_what_more_blocks_keep(
 ) -> None:
     config = AutoConfig.from_pretrained(tiny_model, num_hidden_layers=5)
     section = {"adapter": adapter, "target_modules": ["q_proj", "down_proj"], "padding_free": padding_free}
-    recipe = dataclasses.replace(read_recipe(tiny_recipe), adapter=section)
+    recipe = dataclasses.replace(read_recipe(tiny_recipe), adapter=AdapterConfig(**section))
     block = measure_block(recipe, config, torch.float32, ["q_proj", "down_proj"], [17, 14, 9])
     base = AutoModelForCausalLM.from_config(config)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
