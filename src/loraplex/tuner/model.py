@@ -170,6 +170,7 @@ class LoraplexTuner(BaseTuner):
         adapter = layer.loraplex_adapters[adapter_name] = build_adapter(layer, current_key, peft_config, shared)
         if adapter.combine.adds_loss:
             adapter.combine.loss_scale = self.loss_scale
+            peft_config.state.adds_loss = True
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if adapter_name not in self.active_adapters:
             layer.loraplex_adapters[adapter_name].requires_grad_(False)
@@ -194,6 +195,8 @@ class LoraplexTuner(BaseTuner):
         return output
 
     def _adding_losses(self) -> Iterator[bool]:
+        if not any(state.adds_loss for state in self.states.values()):
+            return
         for layer in self.site_layers():
             for name in layer.active_adapters:
                 if name in layer.loraplex_adapters:

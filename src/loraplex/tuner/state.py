@@ -19,3 +19,5 @@ class AdapterState:
     """Names of all modules of the base model, kept from then on."""
     transposed: bool = False
     """Whether a site stores its weight as (in, out), as GPT-2's Conv1D does: PEFT's config says so."""
+    adds_loss: bool = False
+    """Whether one of its sites adds a loss of its own (Hydra's balance); if none does, a forward asks no layer."""
